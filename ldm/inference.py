@@ -1,0 +1,238 @@
+"""What every sampling script shares: device and precision, prompts, models, samplers, and saving pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.plms import PLMSSampler
+from taming.checkpoint import find_run, load_model_from_config
+from taming.util import atomic_path
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+TEXT_KEYS = ("caption", "txt")
+
+
+class InferenceError(Exception):
+    """A request that cannot be fulfilled; the message is all a user needs to see."""
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device by name; "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        InferenceError: a device that this machine has not.
+    """
+    if name == "auto":
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        raise InferenceError(
+            f"--device {name}: this machine has {', '.join(k for k, there in available.items() if there)}"
+        )
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def precision_scope(device: torch.device, precision: str = "autocast", bf16: bool = False) -> Iterator[None]:
+    """Mixed precision: half on CUDA ("autocast"), bfloat16 anywhere (`bf16`), none otherwise ("full", or on a CPU)."""
+    if bf16 or (precision == "autocast" and device.type == "cuda"):
+        with torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else torch.float16):
+            yield
+    else:
+        yield
+
+
+def read_prompts(prompt: str, path: str | None, batch_size: int, repeat: int = 1) -> list[list[str]]:
+    """Batches of prompts: one prompt for a whole batch, or the lines of a file, each repeated.
+
+    Raises:
+        InferenceError: the file is missing or empty.
+    """
+    if path is None:
+        return [[prompt] * batch_size]
+    if not Path(path).is_file():
+        raise InferenceError(f"--from-file {path}: there is no such file")
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise InferenceError(f"--from-file {path} holds no prompts")
+    prompts = [line for line in lines for _ in range(repeat)]
+    return [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+
+
+def load_model(
+    ckpt: str, config: str | None, device: torch.device, overrides: Sequence[str] = ()
+) -> tuple[Any, Path, Any]:
+    """A model from a training run's folder, or from a checkpoint and its configuration.
+
+    Args:
+        ckpt: run folder, published model folder, or weight file.
+        config: its configuration; found beside the checkpoint if None.
+        device: where the model goes.
+        overrides: `a.b=c` over the configuration.
+
+    Returns:
+        The model in eval mode, the weight file, the configuration.
+
+    Raises:
+        InferenceError: something is missing; the message says what to pass.
+    """
+    try:
+        path, found = find_run(ckpt)
+    except FileNotFoundError as error:
+        raise InferenceError(f"--ckpt {ckpt}: {error}") from error
+    configs = [config] if config is not None else found
+    if not configs:
+        raise InferenceError(
+            f"no configuration lies beside {path}; name the one it was trained with: --config configs/….yaml"
+        )
+    if not Path(configs[0]).is_file():
+        raise InferenceError(f"--config {configs[0]}: there is no such file")
+    merged = OmegaConf.merge(OmegaConf.load(configs[0]), OmegaConf.from_dotlist(list(overrides)))
+    # the checkpoint holds every part's weights, so none needs to be fetched from its own first source
+    _forget_starting_points(merged.model)
+    return load_model_from_config(merged, path, device), path, merged
+
+
+def _forget_starting_points(node: Any) -> None:
+    """Clear every `ckpt_path` below a model's configuration: the full checkpoint overrides them all."""
+    if OmegaConf.is_dict(node):
+        for key in node:
+            if key == "ckpt_path":
+                node[key] = None
+            elif OmegaConf.is_config(node[key]):
+                _forget_starting_points(node[key])
+    elif OmegaConf.is_list(node):
+        for item in node:
+            _forget_starting_points(item)
+
+
+def require_text(model: Any) -> None:
+    """Refuse a model that is not conditioned on text.
+
+    Raises:
+        InferenceError: says what it is conditioned on.
+    """
+    key = getattr(model, "cond_stage_key", None)
+    if key not in TEXT_KEYS:
+        raise InferenceError(
+            f"this {type(model).__name__} is not conditioned on text (cond_stage_key={key!r}), so it has no use for a prompt"
+        )
+
+
+def image_size(model: Any) -> tuple[int, int]:
+    """Size of the images that a latent model was built for, and the factor of its first stage."""
+    factor = 2 ** int(getattr(model, "num_downs", 0))
+    return int(model.image_size) * factor, factor
+
+
+def file_hash(path: str | Path) -> str:
+    """The first ten digits of a file's SHA-256, the usual way to name a checkpoint."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sample_text(
+    model: Any,
+    sampler: Any,
+    prompts: Sequence[str],
+    steps: int,
+    shape: Sequence[int],
+    scale: float = 7.5,
+    eta: float = 0.0,
+    x_T: Tensor | None = None,
+    negative_prompt: str = "",
+    generator: torch.Generator | None = None,
+    verbose: bool = True,
+) -> Tensor:
+    """Images for prompts.
+
+    Args:
+        model: conditioned on text.
+        sampler: one of `SAMPLERS`, made for the model.
+        prompts: b texts.
+        steps: of the sampler.
+        shape: of one latent, (c, h, w).
+        scale: of classifier-free guidance.
+        eta: of DDIM.
+        x_T: latents (b, c, h, w) to start from.
+        negative_prompt: what guidance leads away from.
+        generator: source of the noise; torch's global one if None.
+        verbose: show progress.
+
+    Returns:
+        (b, 3, H, W) in [0, 1].
+
+    Raises:
+        InferenceError: the latents became infinite or undefined.
+    """
+    uc = model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
+    c = model.get_learned_conditioning(list(prompts))
+    samples, _ = sampler.sample(
+        S=steps, conditioning=c, batch_size=len(prompts), shape=list(shape), verbose=verbose, x_T=x_T, eta=eta,
+        unconditional_guidance_scale=scale, unconditional_conditioning=uc, generator=generator,
+    )  # fmt: skip
+    if not torch.isfinite(samples).all():
+        raise InferenceError(
+            "the latents became infinite or undefined; try --precision full, or --bf16 instead of half precision"
+        )
+    images = model.decode_first_stage(samples).float()
+    return torch.clamp((images + 1.0) / 2.0, min=0.0, max=1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, h, w) in [0, 1] → an 8-bit picture (values are cut, not rounded, as published)."""
+    return Image.fromarray((255.0 * pixels.permute(1, 2, 0).cpu().float().numpy()).astype("uint8"))
+
+
+def save_png(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG, whole or not at all, with text entries that say how it was made."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, str(value))
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def next_number(folder: Path, pattern: str) -> int:
+    """One more than the highest number among a folder's files, at least their count: nothing is overwritten.
+
+    Args:
+        folder: where to look.
+        pattern: regular expression with one group, the number.
+    """
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    numbers = [int(m.group(1)) for n in names if (m := re.fullmatch(pattern, n))]
+    return max([len(numbers), *(n + 1 for n in numbers)])
+
+
+def save_grid(
+    images: Sequence[Tensor], columns: int, path: Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """All images (3, h, w) in [0, 1] in one picture."""
+    save_png(to_image(make_grid(torch.stack(list(images)), nrow=columns)), path, metadata)

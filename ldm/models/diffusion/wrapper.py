@@ -1,0 +1,95 @@
+"""How a condition reaches the network: joined to its input, as context, as labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from taming.util import instantiate_from_config, nearest
+
+
+class Route(NamedTuple):
+    """Where a condition enters the network: joined to the input's channels, as context, as labels."""
+
+    concat: bool = False
+    context: bool = False
+    y: str | None = None  # the argument that carries labels or vectors
+
+
+ROUTES: dict[str | None, Route] = {
+    None: Route(),
+    "concat": Route(concat=True),
+    "crossattn": Route(context=True),
+    "hybrid": Route(concat=True, context=True),
+    "adm": Route(y="c_crossattn"),
+    "hybrid-adm": Route(concat=True, context=True, y="c_adm"),
+    "crossattn-adm": Route(context=True, y="c_adm"),
+}
+
+
+class DiffusionWrapper(nn.Module):
+    """The network, and how a condition reaches it.
+
+    Args:
+        diff_model_config: of the network; a key `sequential_crossattn` hands the list of contexts on as it is.
+        conditioning_key: one of `ROUTES`.
+
+    Raises:
+        AssertionError: unknown conditioning key (the published error class).
+    """
+
+    def __init__(self, diff_model_config: Any, conditioning_key: str | None) -> None:
+        super().__init__()
+        if conditioning_key not in ROUTES:
+            raise AssertionError(
+                f"conditioning_key={conditioning_key!r} is unknown. {nearest(str(conditioning_key), map(str, ROUTES))}"
+            )
+        self.sequential_cross_attn = diff_model_config.pop("sequential_crossattn", False)
+        self.diffusion_model = instantiate_from_config(diff_model_config)
+        self.conditioning_key = conditioning_key
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Sequence[Tensor] | None = None,
+        c_crossattn: Sequence[Tensor] | None = None,
+        c_adm: Tensor | None = None,
+    ) -> Tensor:
+        """Predict.
+
+        Args:
+            x: noisy input (b, c, h, w).
+            t: steps (b,).
+            c_concat: images of x's size, joined to its channels.
+            c_crossattn: contexts (b, n, d), joined along n.
+            c_adm: vectors (b, d) or labels (b,).
+        """
+        route = ROUTES[self.conditioning_key]
+        given: dict[str, Any] = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
+        uses = {
+            "c_concat": route.concat,
+            "c_crossattn": route.context or route.y == "c_crossattn",
+            "c_adm": route.y == "c_adm",
+        }
+        for name, is_needed in uses.items():
+            if is_needed and given[name] is None:
+                held = [n for n, v in given.items() if v is not None]
+                raise AssertionError(
+                    f"conditioning_key={self.conditioning_key!r} needs {name}, but the condition holds {held}"
+                )
+        if route.concat:
+            x = torch.cat([x, *given["c_concat"]], dim=1)
+        arguments: dict[str, Any] = {}
+        if route.context:
+            contexts = list(given["c_crossattn"])
+            arguments["context"] = contexts if self.sequential_cross_attn else torch.cat(contexts, dim=1)
+        if route.y is not None:
+            arguments["y"] = given["c_adm"] if route.y == "c_adm" else given["c_crossattn"][0]
+        scripted: Any = getattr(self, "scripted_diffusion_model", None)
+        if scripted is not None:
+            return scripted(x, t, *arguments.values())
+        return self.diffusion_model(x, t, **arguments)

@@ -1,0 +1,84 @@
+"""The one door to scaled dot-product attention, and its linear cousin."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int = 1, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """Softmax(q kᵀ / √d) v over several heads, without ever holding the full score matrix where PyTorch can avoid it.
+
+    Args:
+        q: queries, (b, n, heads * d); heads are the slow index of the last axis.
+        k: keys, (b, m, heads * d).
+        v: values, (b, m, heads * e).
+        heads: number of heads.
+        mask: True where a query may look, broadcastable to (b, heads, n, m). A query that may look nowhere gets the
+            mean of all values.
+        causal: query i sees keys up to i only.
+
+    Returns:
+        (b, n, heads * e)
+
+    Source: Vaswani et al. 2017, equation 1.
+    """
+    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    bias = None
+    if mask is not None:
+        # a finite floor instead of -inf: a fully masked row stays a mean, never NaN
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
+    if bias is None and not causal and _explicit_is_faster(q, k):
+        out = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+def _explicit_is_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether to write the few scores out: training in half precision on a CPU with short sequences.
+
+    The backward pass of PyTorch's fused CPU kernel is five to ten times slower there (2.15, AMX and AVX-512 machines);
+    from about 256 tokens on, and without gradients, the fused kernel wins.
+    """
+    short = q.shape[-2] * k.shape[-2] <= 1 << 16
+    return (
+        short
+        and q.device.type == "cpu"
+        and q.dtype != torch.float32
+        and torch.is_grad_enabled()
+        and q.requires_grad
+    )
+
+
+class LinearAttention(nn.Module):
+    """Attention in time linear in the number of pixels: softmax over the keys' positions, no softmax of the scores.
+
+    Args:
+        dim: channels in and out.
+        heads: number of heads.
+        dim_head: channels a head.
+
+    Source: Shen et al. 2018, "Efficient Attention" (without the queries' softmax).
+    """
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32) -> None:
+        super().__init__()
+        self.heads = heads
+        hidden = dim_head * heads
+        self.to_qkv = nn.Conv2d(dim, hidden * 3, 1, bias=False)
+        self.to_out = nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) → (b, c, h, w)."""
+        height, width = x.shape[-2:]
+        q, k, v = rearrange(
+            self.to_qkv(x), "b (three heads c) h w -> three b heads c (h w)", three=3, heads=self.heads
+        )
+        context = k.softmax(dim=-1) @ v.transpose(-1, -2)  # (b, heads, d, e)
+        out = context.transpose(-1, -2) @ q  # (b, heads, e, n)
+        return self.to_out(rearrange(out, "b heads c (h w) -> b (heads c) h w", h=height, w=width))

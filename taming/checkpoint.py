@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +32,24 @@ INERT_MODULES = (
     "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "test_tube", "omegaconf", "antlr4",
     "main", "__main__", "taming", "ldm", "sgm", "argparse", "pathlib", "typing", "collections", "enum", "_codecs",
 )  # fmt: skip
+# plain types, which configuration objects mention by name
+INERT_BUILTINS = {
+    "bool",
+    "bytearray",
+    "bytes",
+    "complex",
+    "dict",
+    "float",
+    "frozenset",
+    "int",
+    "list",
+    "object",
+    "range",
+    "set",
+    "slice",
+    "str",
+    "tuple",
+}
 # numpy scalars and arrays are data: these four are enough to rebuild them
 NUMPY_NAMES = ("scalar", "_reconstruct", "dtype", "ndarray")
 
@@ -47,6 +66,14 @@ class Inert:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class InertDict:
+    """Stands for dict types such as `collections.defaultdict`: makes a plain dict of the same entries."""
+
+    def __new__(cls, *args: Any) -> dict[Any, Any]:  # type: ignore[misc]
+        """An empty dict, for the unpickler to fill."""
+        return {}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -143,9 +170,14 @@ def _stand_ins(names: Iterable[str], path: Path) -> list[Any]:
     for name in sorted(names):
         module, _, attribute = name.rpartition(".")
         top = module.split(".")[0]
-        if top == "numpy" and (attribute in NUMPY_NAMES or module == "numpy.dtypes"):
+        if name == "collections.defaultdict":
+            allowed.append((InertDict, name))
+        elif top == "numpy" and (attribute in NUMPY_NAMES or module == "numpy.dtypes"):
             allowed.append((_numpy_object(module, attribute), name))
-        elif top in INERT_MODULES or name in ("builtins.set", "builtins.slice", "builtins.complex"):
+            allowed += [
+                getattr(np.dtypes, n) for n in dir(np.dtypes) if n.endswith("DType") and n != "ObjectDType"
+            ]
+        elif top in INERT_MODULES or (module == "builtins" and attribute in INERT_BUILTINS):
             allowed.append((type(attribute, (Inert,), {}), name))
         else:
             raise CheckpointError(
@@ -156,8 +188,6 @@ def _stand_ins(names: Iterable[str], path: Path) -> list[Any]:
 
 
 def _numpy_object(module: str, attribute: str) -> Any:
-    import numpy as np
-
     if module == "numpy.dtypes":
         return getattr(np.dtypes, attribute)
     if attribute in ("dtype", "ndarray"):
@@ -333,7 +363,7 @@ def find_run(path: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
         ckpt, folder = path, path.parent.parent if path.parent.name == "checkpoints" else path.parent
     else:
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"There is no {path}. {nearest(path.name, around)}")
+        raise FileNotFoundError(f"there is no folder or file {str(path)!r}. {nearest(path.name, around)}")
     configs = sorted(folder.glob("configs/*-project.yaml")) or [
         c for c in (folder / "config.yaml", ckpt.with_suffix(".yaml")) if c.is_file()
     ]

@@ -180,20 +180,37 @@ def _heads_path(name: str) -> Path | str:
 
 
 def _vgg_features(pretrained: bool) -> nn.Sequential:
+    """The convolutional part of torchvision's VGG-16; its classifier, nine tenths of the weights, is never made."""
     import torchvision
 
-    local = os.environ.get(VGG_PATH_VARIABLE)
-    if pretrained and not local:
-        weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
-        try:
-            return torchvision.models.vgg16(weights=weights).features
-        except OSError as error:  # URLError is one
-            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-            raise OSError(
-                f"LPIPS needs the ImageNet weights of VGG-16, and they could not be downloaded ({error}). Fetch "
-                f"{weights.url} elsewhere and put it at {cache}, or name a local copy in the environment variable {VGG_PATH_VARIABLE}."
-            ) from error
-    network = torchvision.models.vgg16(weights=None)
-    if pretrained and local:
-        network.load_state_dict(load_state_dict(local))
-    return network.features
+    with torch.device("meta"):
+        features = torchvision.models.vgg16(weights=None, init_weights=False).features
+    if not pretrained:
+        device = torch.get_default_device()
+        features = features.to_empty(device=device)
+        for layer in features:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+        return features
+    features = features.to_empty(device="cpu")
+    features.load_state_dict(
+        {k.removeprefix("features."): v for k, v in _vgg_weights().items() if k.startswith("features.")},
+        strict=False,
+    )
+    return features
+
+
+def _vgg_weights() -> dict[str, Tensor]:
+    import torchvision
+
+    if local := os.environ.get(VGG_PATH_VARIABLE):
+        return load_state_dict(local)
+    url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except OSError as error:  # URLError is one
+        cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        raise OSError(
+            f"LPIPS needs the ImageNet weights of VGG-16, and they could not be downloaded ({error}). Fetch {url} elsewhere and put it "
+            f"at {cache}, or name a local copy in the environment variable {VGG_PATH_VARIABLE}."
+        ) from error

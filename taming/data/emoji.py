@@ -176,7 +176,7 @@ class EmojiImages(Dataset):
         flip_p: float = 0.0,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"split={split!r} is unknown. {nearest(split, SPLITS)}")
+            raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
         for category in categories or ():
             if category not in CATEGORIES:
                 raise ValueError(f"category {category!r} is unknown. {nearest(category, CATEGORIES)}")

@@ -27,7 +27,7 @@ def test_beta_weighs_the_codebook_in_legacy_form_and_the_commitment_otherwise(le
     """Equation 3 of van den Oord et al. 2017; the gradients of the two terms tell the weights."""
     layer = VectorQuantizer2(8, 4, beta=0.25, legacy=legacy)
     z = torch.randn(1, 4, 2, 2, requires_grad=True)
-    quant, loss, (_, _, indices) = layer(z)
+    _, loss, (_, _, indices) = layer(z)
     loss.backward()
     vectors = z.detach().permute(0, 2, 3, 1).reshape(-1, 4)
     difference = vectors - layer.embedding.weight.detach()[indices]

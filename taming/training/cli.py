@@ -171,7 +171,7 @@ def load_config(bases: Sequence[str], overrides: Sequence[str]) -> DictConfig:
                 "the configuration's section %r is not used. %s", name, nearest(str(name), SECTIONS)
             )
     for section in ("model", "data"):
-        if section not in config or "target" not in config[section]:
+        if section not in config or not config[section].get("target"):
             raise UsageError(
                 f"{', '.join(bases)} has no section `{section}` with a `target`; it has: {', '.join(map(str, config))}"
             )
@@ -320,6 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*is not supported by the model summary.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings(
+        "ignore", message=".*module.s. in eval mode at the start of training.*"
+    )  # frozen on purpose
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # a resumed run
+    warnings.filterwarnings("ignore", message=".*no pre-optimization state was saved.*")
     sys.path.append(os.getcwd())  # users' own targets lie beside their configurations
     options, run_folder = argparse.Namespace(debug=False), None
     try:

@@ -21,8 +21,7 @@ from pytorch_lightning import seed_everything
 from tqdm import trange
 
 from ldm import inference
-from taming.checkpoint import CheckpointError, load_model_from_config
-from taming.util import ConfigError
+from taming.checkpoint import load_model_from_config
 
 __all__ = ["load_model_from_config", "main"]
 
@@ -217,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     opt = get_parser().parse_args(argv)
     try:
         saved = run(opt)
-    except (inference.InferenceError, CheckpointError, ConfigError, FileNotFoundError) as error:
+    except (inference.InferenceError, ValueError, FileNotFoundError) as error:
+        # the library's ValueErrors (sizes, step counts, checkpoints, configurations) are written for users
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(saved)} files in {opt.outdir}" + (f", the last is {saved[-1]}" if saved else ""))

@@ -323,7 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings(
         "ignore", message=".*module.s. in eval mode at the start of training.*"
     )  # frozen on purpose
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")  # a resumed run
+    warnings.filterwarnings(
+        "ignore", message=".*Checkpoint directory .* exists and is not empty.*"
+    )  # a resumed run
     warnings.filterwarnings("ignore", message=".*no pre-optimization state was saved.*")
     sys.path.append(os.getcwd())  # users' own targets lie beside their configurations
     options, run_folder = argparse.Namespace(debug=False), None

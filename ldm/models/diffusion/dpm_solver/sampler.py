@@ -66,8 +66,10 @@ class DPMSolverSampler(LatentSampler):
             else x_T.to(self.device)
         )
         schedule = NoiseScheduleVP("discrete", alphas_cumprod=self.model.alphas_cumprod.detach().float())
+        # the wrapper counts time up to 1000, as published, whatever the number of training steps
+        rescale = self.ddpm_num_timesteps / 1000.0
         model_fn = model_wrapper(
-            lambda x, t, cond=None: self.model.apply_model(x, t, cond),
+            lambda x, t, cond=None: self.model.apply_model(x, t * rescale, cond),
             schedule,
             model_type=MODEL_TYPES[self.model.parameterization],
             guidance_type="classifier-free",

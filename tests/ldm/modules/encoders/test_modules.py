@@ -1,0 +1,138 @@
+import logging
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, SpatialRescaler
+from ldm.modules.encoders.tokenizers import BERTTokenizer, BPETokenizer
+from ldm.modules.x_transformer import AttentionLayers, Encoder, TransformerWrapper
+
+
+def test_the_full_vocabulary_gives_the_ids_of_open_clip():
+    ours, peer = BPETokenizer(vq_interface=False), open_clip.get_tokenizer("ViT-B-32")
+    for text in ("a photo of a cat", "naïve café ☕ 東京", "it's   3.14 !", ""):
+        ids, expected = ours(text)[0].tolist(), peer([text])[0].tolist()
+        length = expected.index(49407) + 1
+        assert ids[:length] == expected[:length]
+        assert set(ids[length:]) <= {49407}  # padded with the end id, where open_clip pads with zeros
+
+
+def test_a_smaller_vocabulary_splits_words_and_loses_nothing():
+    tokenizer = BPETokenizer(vocab_size=700, max_length=40)
+    ids = tokenizer("smiling face with heart-eyes")[0]
+    assert (
+        int(ids.max()) < 700
+        and int(ids[0]) == 698
+        and tokenizer.words(ids.tolist()) == "smiling face with heart - eyes"
+    )
+    assert tokenizer.encode("x")[2][2].shape == (1, 40)
+    for size in (100, 60000):
+        with pytest.raises(ValueError, match="must lie between 514 and 49408"):
+            BPETokenizer(vocab_size=size)
+
+
+def test_a_cut_prompt_names_the_words_without_effect(caplog):
+    tokenizer = BPETokenizer(max_length=5)
+    with caplog.at_level(logging.WARNING):
+        ids = tokenizer("red green blue yellow")
+    assert ids.shape == (1, 5) and int(ids[0, -1]) == tokenizer.end
+    assert "without effect: 'yellow'" in caplog.text
+
+
+def test_the_bert_tokenizer_can_be_built_offline_and_says_what_it_lacks_when_used(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokenizer = BERTTokenizer(version="no/such-tokenizer")
+    with pytest.raises(OSError, match="tokenizer='bpe', which needs no download"):
+        tokenizer("a cat")
+
+
+def test_the_text_encoder_trains_and_reads_strings():
+    model = BERTEmbedder(n_embed=16, n_layer=1, vocab_size=600, max_seq_len=12, tokenizer="bpe")
+    out = model.encode(["a cat", "a dog"])
+    assert out.shape == (2, 12, 16)
+    # unit variance: the cross-attention learns from it at once
+    assert float(out.detach().std()) == pytest.approx(1.0, abs=0.05)
+    out.sum().backward()
+    assert model.transformer.token_emb.weight.grad is not None
+    with pytest.raises(ValueError, match=r"choose one of \['bert', 'bpe'\]"):
+        BERTEmbedder(n_embed=16, n_layer=1, tokenizer="t5")
+
+
+def test_the_transformer_equals_torchs_encoder_layer():
+    """torch.nn.TransformerEncoderLayer with norm_first, the same weights, no biases before the scores."""
+    dim, heads = 128, 2
+    ours = Encoder(dim=dim, depth=1, heads=heads).eval()
+    peer = nn.TransformerEncoderLayer(
+        dim, heads, dim * 4, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    ).eval()
+    (norm1, attn), (norm2, ff) = ours.layers
+    with torch.no_grad():
+        peer.self_attn.in_proj_weight.copy_(torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]))
+        peer.self_attn.in_proj_bias.zero_()
+    peer.self_attn.out_proj.load_state_dict(attn.to_out.state_dict())
+    peer.norm1.load_state_dict(norm1.state_dict())
+    peer.norm2.load_state_dict(norm2.state_dict())
+    peer.linear1.load_state_dict(ff.net[0][0].state_dict())
+    peer.linear2.load_state_dict(ff.net[2].state_dict())
+    x = torch.randn(2, 7, dim)
+    assert torch.allclose(ours(x), peer(x), atol=1e-5)
+    maps = []
+    ours(x, maps=maps)
+    assert maps[0].shape == (2, heads, 7, 7) and torch.allclose(maps[0].sum(-1), torch.ones(2, heads, 7))
+
+
+def test_attention_dropout_acts_in_training_only():
+    model = TransformerWrapper(
+        num_tokens=9, max_seq_len=6, attn_layers=Encoder(dim=16, depth=1, attn_dropout=0.5)
+    )
+    tokens = torch.randint(0, 9, (1, 6))
+    assert not torch.allclose(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_wrong_transformer_options_are_named():
+    with pytest.raises(ValueError, match="no option 'ff_drpout'. Did you mean 'ff_dropout'"):
+        AttentionLayers(dim=8, depth=1, ff_drpout=0.1)
+    with pytest.raises(ValueError, match="only the encoder"):
+        AttentionLayers(dim=8, depth=1, causal=True)
+    model = TransformerWrapper(num_tokens=9, max_seq_len=4, attn_layers=Encoder(dim=16, depth=1))
+    with pytest.raises(ValueError, match="5 tokens for 4 positions"):
+        model(torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_tied_embeddings_give_logits_from_their_own_weights():
+    model = TransformerWrapper(
+        num_tokens=9, max_seq_len=4, attn_layers=Encoder(dim=16, depth=1), tie_embedding=True, emb_dim=None
+    )
+    tokens = torch.randint(0, 9, (2, 4))
+    embeddings = model(tokens, return_embeddings=True)
+    assert torch.allclose(model(tokens), embeddings @ model.token_emb.weight.t()) and model.to_logits is None
+
+
+def test_class_embeddings_and_their_guidance_dropout():
+    model = ClassEmbedder(4, n_classes=6, key="label")
+    batch = {"label": torch.tensor([1, 5])}
+    assert torch.equal(model(batch)[:, 0], model.embedding.weight[[1, 5]])
+    uncond = model.get_unconditional_conditioning(3, device="cpu")
+    assert torch.equal(
+        model(uncond)[:, 0], model.embedding.weight[[5, 5, 5]]
+    )  # the last class stands for none
+    dropping = ClassEmbedder(4, n_classes=6, key="label", ucg_rate=0.3)
+    many = {"label": torch.zeros(4000, dtype=torch.long)}
+    dropped = (dropping(many)[:, 0] == dropping.embedding.weight[5]).all(1).float().mean()
+    assert float(dropped) == pytest.approx(0.3, abs=0.03)
+    with pytest.raises(KeyError, match="no labels under 'label'. Did you mean 'labels'"):
+        model({"labels": 1})
+    with pytest.raises(ValueError, match="labels from 0 to 6 for 6 classes"):
+        model({"label": torch.tensor([0, 6])})
+
+
+def test_spatial_rescaling():
+    x = torch.randn(1, 3, 8, 8)
+    assert SpatialRescaler(n_stages=2, out_channels=5)(x).shape == (1, 5, 2, 2)
+    assert torch.equal(SpatialRescaler(n_stages=0).encode(x), x)
+    with pytest.raises(AssertionError, match="Did you mean 'bilinear'"):
+        SpatialRescaler(method="bilinea")

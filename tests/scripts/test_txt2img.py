@@ -1,0 +1,196 @@
+"""scripts/txt2img.py, end to end with a tiny model."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ldm import inference
+from taming.util import instantiate_from_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def txt2img():
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module("scripts.txt2img")
+
+
+@pytest.fixture
+def run_folder(tmp_path, tiny):
+    """The log folder of a (fresh) text-conditional model over a KL first stage of factor 2."""
+    config = {
+        "model": tiny.latent_diffusion(
+            first_stage_config=tiny.kl,
+            cond_stage_config=tiny.text,
+            cond_stage_key="caption",
+            cond_stage_trainable=True,
+            use_ema=True,
+        )
+    }
+    folder = tmp_path / "logs" / "2026_tiny"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "configs").mkdir()
+    OmegaConf.save(OmegaConf.create(config), folder / "configs" / "2026-project.yaml")
+    model = instantiate_from_config(OmegaConf.create(config).model)
+    torch.nn.init.normal_(model.model.diffusion_model.out[2].weight, std=0.1)
+    model.model_ema.diffusion_modelout2weight.copy_(model.model.diffusion_model.out[2].weight.detach())
+    torch.save({"state_dict": model.state_dict(), "global_step": 1}, folder / "checkpoints" / "last.ckpt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+BASE = ["--steps", "2", "--device", "cpu", "--outdir", "out", "--n_samples", "2", "--n_iter", "1"]
+
+
+def test_a_log_folder_is_enough_and_pictures_say_how_they_were_made(txt2img, run_folder, capsys):
+    assert txt2img.main(["--ckpt", str(run_folder), "--prompt", "red heart", "--seed", "7", *BASE]) == 0
+    files = sorted(str(p.relative_to("out")) for p in Path("out").rglob("*.png"))
+    assert files == ["grid-0000.png", "samples/00000.png", "samples/00001.png"]
+    picture = Image.open("out/samples/00001.png")
+    assert picture.size == (16, 16)  # the model's 8 latents × the first stage's factor 2
+    assert (
+        picture.text["prompt"] == "red heart"
+        and picture.text["seed"] == "7"
+        and picture.text["sampler"] == "ddim"
+    )
+    assert picture.text["index"] == "1" and re.fullmatch(r"[0-9a-f]{10}", picture.text["checkpoint_sha256"])
+    assert Image.open("out/grid-0000.png").size == (2 * 18 + 2, 20)
+    assert "3 files in out" in capsys.readouterr().out
+
+
+def test_without_a_model_named_the_newest_run_is_taken(txt2img, run_folder, caplog):
+    with caplog.at_level("INFO"):
+        assert txt2img.main(["--prompt", "x", *BASE]) == 0
+    assert "Sampling from the newest run: logs/2026_tiny" in caplog.text
+
+
+def test_nothing_is_overwritten(txt2img, run_folder):
+    for _ in range(2):
+        assert txt2img.main(["--prompt", "x", *BASE]) == 0
+    Path("out/samples/00001.png").unlink()  # a gap must not lead back onto existing numbers
+    assert txt2img.main(["--prompt", "x", *BASE]) == 0
+    assert sorted(p.name for p in Path("out/samples").iterdir()) == [f"{i:05}.png" for i in (0, 2, 3, 4, 5)]
+    assert sorted(p.name for p in Path("out").glob("grid*")) == [f"grid-{i:04}.png" for i in range(3)]
+
+
+@pytest.mark.parametrize("sampler", [[], ["--plms"], ["--dpm"], ["--dpm_solver"], ["--ddim_eta", "0.5"]])
+def test_the_same_seed_gives_the_same_pictures(txt2img, run_folder, sampler):
+    pictures = []
+    for out in ("a", "b", "c"):
+        seed = "1" if out != "c" else "2"
+        assert txt2img.main(["--prompt", "x", *BASE, "--outdir", out, "--seed", seed, *sampler]) == 0
+        pictures.append(Image.open(f"{out}/samples/00000.png").tobytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_prompts_from_a_file_in_uneven_batches(txt2img, run_folder):
+    Path("prompts.txt").write_text("a\n\nb\nc\n")
+    assert txt2img.main(["--from-file", "prompts.txt", *BASE, "--n_iter", "2", "--n_rows", "3"]) == 0
+    prompts = [Image.open(p).text["prompt"] for p in sorted(Path("out/samples").iterdir())]
+    assert prompts == ["a", "b", "c", "a", "b", "c"]
+    assert Image.open("out/grid-0000.png").size == (3 * 18 + 2, 2 * 18 + 2)
+
+
+def test_other_sizes_and_skipped_outputs(txt2img, run_folder):
+    assert (
+        txt2img.main(["--prompt", "x", *BASE, "--W", "24", "--H", "32", "--skip_grid", "--fixed_code"]) == 0
+    )
+    assert [p.name for p in Path("out").iterdir()] == ["samples"]
+    assert Image.open("out/samples/00000.png").size == (24, 32)
+    assert txt2img.main(["--prompt", "x", *BASE, "--outdir", "grid", "--skip_save"]) == 0
+    assert not list(Path("grid/samples").iterdir()) and Path("grid/grid-0000.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ckpt", "nowhere"], "there is no folder or file 'nowhere'"),
+        (["--H", "17"], "must be multiples of 2"),
+        (["--W", "18"], "multiple of 2"),
+        (["--from-file", "absent.txt"], "there is no such file"),
+        (["--config", "absent.yaml", "--ckpt", "{run}"], "--config absent.yaml"),
+        (["--device", "tpu"], "this machine has"),
+        (["--steps", "5000"], "choose from 1 to 1000"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(txt2img, run_folder, capsys, argv, message):
+    given = [a.format(run=run_folder) for a in argv]
+    status = txt2img.main([*BASE, "--prompt", "x", *given])
+    error = capsys.readouterr().err
+    assert status == 2 and message in error and "Traceback" not in error
+
+
+def test_a_checkpoint_without_a_configuration_asks_for_one(txt2img, run_folder, capsys, tmp_path):
+    lone = tmp_path / "lone.ckpt"
+    lone.write_bytes((run_folder / "checkpoints" / "last.ckpt").read_bytes())
+    assert txt2img.main(["--ckpt", str(lone), "--prompt", "x", *BASE]) == 2
+    assert "--config configs/" in capsys.readouterr().err
+    config = next((run_folder / "configs").iterdir())
+    assert txt2img.main(["--ckpt", str(lone), "--config", str(config), "--prompt", "x", *BASE]) == 0
+
+
+def test_a_model_without_text_is_refused_and_no_model_at_all_too(txt2img, tmp_path, tiny, capsys):
+    assert txt2img.main(["--prompt", "x", *BASE]) == 2
+    assert "name a model with --ckpt" in capsys.readouterr().err
+    config = tiny.latent_diffusion(cond_stage_key="class_label")
+    OmegaConf.save(OmegaConf.create({"model": config}), tmp_path / "config.yaml")
+    torch.save({"state_dict": instantiate_from_config(config).state_dict()}, tmp_path / "model.ckpt")
+    assert txt2img.main(["--ckpt", str(tmp_path), "--prompt", "x", *BASE]) == 2
+    assert "not conditioned on text (cond_stage_key='class_label')" in capsys.readouterr().err
+
+
+def test_latents_that_are_no_numbers_are_reported(txt2img, run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        inference.DDIMSampler, "sample", lambda self, **k: (torch.full((2, 3, 8, 8), float("nan")), None)
+    )
+    monkeypatch.setitem(inference.SAMPLERS, "ddim", inference.DDIMSampler)
+    assert txt2img.main(["--prompt", "x", *BASE]) == 2
+    assert "infinite or undefined; try --precision full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("configs/stable-diffusion/v1-inference.yaml", (50, 2, 3, 7.5)),
+        ("configs/stable-diffusion/v2-inference-v.yaml", (50, 3, 3, 9.0)),
+        ("configs/latent-diffusion/txt2img-1p4B-eval.yaml", (200, 1, 4, 5.0)),
+        (None, (50, 1, 4, 3.0)),
+    ],
+)
+def test_defaults_follow_the_configuration(txt2img, config, expected):
+    opt = txt2img.get_parser().parse_args(["--ckpt", "x", *(["--config", config] if config else [])])
+    txt2img.fill_defaults(opt)
+    assert (opt.steps, opt.n_iter, opt.n_samples, opt.scale) == expected
+
+
+def test_the_laion_switch_names_its_own_model(txt2img):
+    opt = txt2img.get_parser().parse_args(["--laion400m"])
+    txt2img.fill_defaults(opt)
+    assert opt.config.endswith("txt2img-1p4B-eval.yaml") and opt.outdir.endswith("laion400m")
+
+
+def test_the_script_runs_as_a_program_from_any_folder(run_folder, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "txt2img.py"),
+        "--prompt",
+        "x",
+        "--ckpt",
+        str(run_folder),
+        *BASE,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 files in out" in done.stdout

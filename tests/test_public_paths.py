@@ -1,0 +1,67 @@
+"""The originals' import paths: present, and aliases are the very objects of their home."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+# path of the original → (where it lives, names)
+ALIASES = {
+    "main": ("taming.training", "DataModuleFromConfig ImageLogger SetupCallback CUDACallback instantiate_from_config get_obj_from_str WrappedDataset worker_init_fn"),
+    "ldm.util": ("taming.util", "instantiate_from_config get_obj_from_str exists default count_params"),
+    "ldm.lr_scheduler": ("taming.lr_scheduler", "LambdaWarmUpCosineScheduler"),
+    "sgm.lr_scheduler": ("ldm.lr_scheduler", "LambdaLinearScheduler LambdaWarmUpCosineScheduler2 LambdaWarmUpCosineScheduler"),
+    "ldm.modules.ema": ("taming.modules.ema", "LitEma"),
+    "sgm.modules.ema": ("taming.modules.ema", "LitEma"),
+    "ldm.modules.attention": ("taming.modules.attention", "LinearAttention"),
+    "ldm.modules.diffusionmodules.model": ("taming.modules.diffusionmodules.model", "Encoder Decoder Model ResnetBlock AttnBlock Upsample Downsample Normalize make_attn get_timestep_embedding nonlinearity"),
+    "taming.modules.diffusionmodules.model": ("taming.modules.diffusionmodules.blocks", "ResnetBlock AttnBlock Upsample Downsample Normalize"),
+    "ldm.modules.diffusionmodules.openaimodel": ("ldm.modules.diffusionmodules.unet_blocks", "ResBlock AttentionBlock Upsample Downsample TimestepBlock QKVAttention QKVAttentionLegacy AttentionPool2d TransposedUpsample"),
+    "ldm.modules.losses": ("ldm.modules.losses.contperceptual", "LPIPSWithDiscriminator"),
+    "ldm.modules.losses.contperceptual": ("taming.modules.losses.vqperceptual", "DummyLoss VQLPIPSWithDiscriminator LPIPS NLayerDiscriminator weights_init adopt_weight hinge_d_loss vanilla_d_loss"),
+    "ldm.models.diffusion.ddpm": ("ldm.models.diffusion.pixel", "DDPM"),
+    "sgm.modules.distributions.distributions": ("ldm.modules.distributions.distributions", "DiagonalGaussianDistribution normal_kl"),
+    "taming.models.vqgan": ("taming.modules.diffusionmodules.model", "Encoder Decoder"),
+}  # fmt: skip
+REAL = {
+    "taming.models.vqgan": "VQModel",
+    "taming.modules.vqvae.quantize": "VectorQuantizer2",
+    "taming.modules.losses.lpips": "LPIPS ScalingLayer NetLinLayer vgg16 normalize_tensor spatial_average",
+    "taming.modules.util": "ActNorm AbstractEncoder Labelator SOSProvider count_params",
+    "taming.util": "download md5_hash get_ckpt_path KeyNotFoundError retrieve URL_MAP CKPT_MAP MD5_MAP",
+    "ldm.models.autoencoder": "VQModel VQModelInterface AutoencoderKL IdentityFirstStage",
+    "ldm.models.diffusion.ddpm": "DDPM LatentDiffusion DiffusionWrapper disabled_train",
+    "ldm.models.diffusion.ddim": "DDIMSampler",
+    "ldm.models.diffusion.plms": "PLMSSampler",
+    "ldm.models.diffusion.dpm_solver": "DPMSolverSampler",
+    "ldm.models.diffusion.dpm_solver.dpm_solver": "NoiseScheduleVP DPM_Solver model_wrapper interpolate_fn expand_dims",
+    "ldm.modules.encoders.modules": "AbstractEncoder ClassEmbedder TransformerEmbedder BERTTokenizer BERTEmbedder SpatialRescaler IdentityEncoder disabled_train",
+    "ldm.modules.x_transformer": "Encoder TransformerWrapper",
+    "ldm.modules.diffusionmodules.openaimodel": "UNetModel EncoderUNetModel Timestep TimestepEmbedSequential convert_module_to_f16 convert_module_to_f32",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ALIASES)
+def test_aliases_are_the_objects_of_their_home(path):
+    home, names = ALIASES[path]
+    there, here = importlib.import_module(path), importlib.import_module(home)
+    for name in names.split():
+        assert getattr(there, name) is getattr(here, name), name
+
+
+@pytest.mark.parametrize("path", REAL)
+def test_published_names_exist_under_their_paths(path):
+    module = importlib.import_module(path)
+    assert not [n for n in REAL[path].split() if not hasattr(module, n)]
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["taming.modules.diffusionmodules.model", "taming.modules.losses", "ldm.modules.diffusionmodules.openaimodel", "ldm.modules.encoders.modules", "ldm.modules.x_transformer", "sgm"],
+)  # fmt: skip
+def test_networks_import_without_hub_libraries_and_lightning(module):
+    heavy = ("transformers", "open_clip", "pytorch_lightning", "torchvision", "diffusers")
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

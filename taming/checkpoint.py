@@ -26,6 +26,8 @@ from taming.util import atomic_path, instantiate_from_config, nearest
 
 logger = logging.getLogger(__name__)
 
+CHECKOUT = Path(__file__).resolve().parents[1]
+
 # Modules whose classes published training checkpoints are known to mention. Nothing of them is imported or called:
 # each name becomes an empty class, so that the tensors around it can be read.
 INERT_MODULES = (
@@ -83,7 +85,8 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.devi
     """Read a checkpoint without running any code in it.
 
     Args:
-        path: `.safetensors`, or a pickle written by torch or by Lightning 1 or 2.
+        path: `.safetensors`, or a pickle written by torch or by Lightning 1 or 2; a relative path is looked up in the
+            working directory, then in the checkout that holds this package.
         map_location: where the tensors go.
 
     Returns:
@@ -94,6 +97,8 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.devi
         CheckpointError: truncated, not a checkpoint, or it names something that would run code.
     """
     path = Path(path)
+    if not path.is_file() and (CHECKOUT / path).is_file():
+        path = CHECKOUT / path
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         hint = f"{path.parent} {'holds: ' + ', '.join(sorted(beside)[:8]) if beside else 'does not exist or is empty'}."
@@ -307,6 +312,25 @@ def load_model_from_config(
                 _by_submodule(trained),
             )
     return model.to(device).eval()
+
+
+def averaged_weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights with the moving averages (`model_ema.…`) in the place of the live ones, and without them.
+
+    Raises:
+        CheckpointError: there are no averages.
+    """
+    shadows = {k.removeprefix("model_ema."): v for k, v in state_dict.items() if k.startswith("model_ema.")}
+    averages = {k: v for k, v in shadows.items() if k not in ("decay", "num_updates")}
+    if not averages:
+        raise CheckpointError("the checkpoint holds no moving averages (model_ema.…)")
+    merged = {}
+    for name, value in state_dict.items():
+        if not name.startswith("model_ema."):
+            # of a diffusion model the network alone is averaged, under its name within `model`; of a first stage everything
+            keys = (name.removeprefix("model.").replace(".", ""), name.replace(".", ""))
+            merged[name] = next((averages[k] for k in keys if k in averages), value)
+    return merged
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

@@ -50,7 +50,7 @@ def make_loggers(lightning: DictConfig, run: RunFolder, options: argparse.Namesp
         chosen = _default(target, save_dir=run.logdir)
     loggers = [instantiate_from_config(OmegaConf.merge(chosen, section))]
     if not chosen.target.endswith("CSVLogger"):
-        loggers.append(pl.loggers.CSVLogger(save_dir=run.logdir, name="csv", version=""))
+        loggers.append(pl.loggers.CSVLogger(save_dir=run.logdir, name="csv", version=run.now))
     return loggers
 
 

@@ -157,6 +157,7 @@ class EmojiImages(Dataset):
         seed: of the hash that splits. With the default, the best-known emoji (red heart, ghost, robot, …) are training data.
         templates: captions are made from one of these, with {name} (the name or an alias), {category}, {subcategory}.
         flip_p: probability of a mirrored picture.
+        repeats: how often each picture comes in an epoch; long epochs cost less where the set is small.
 
     In the training split names and templates are drawn anew each time; in the others the first ones are taken.
 
@@ -174,6 +175,7 @@ class EmojiImages(Dataset):
         seed: int = 41,
         templates: Sequence[str] = ("{name}",),
         flip_p: float = 0.0,
+        repeats: int = 1,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -196,6 +198,7 @@ class EmojiImages(Dataset):
         ]
         self.templates = list(templates)
         self.flip_p = flip_p
+        self.repeats = repeats
         self.varied = split != "validation"
         logger.info("%d emoji (%s). Graphics: Twemoji, CC-BY 4.0.", len(self.emoji), split)
 
@@ -205,7 +208,7 @@ class EmojiImages(Dataset):
         return int.from_bytes(digest, "big") / 2**64 < share
 
     def __len__(self) -> int:
-        return len(self.emoji)
+        return len(self.emoji) * self.repeats
 
     def _choose(self, options: Sequence[str]) -> str:
         return (
@@ -213,7 +216,10 @@ class EmojiImages(Dataset):
         )
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        emoji = self.emoji[i]
+        if not 0 <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        number = i % len(self.emoji)
+        emoji = self.emoji[number]
         flipped = self.flip_p > 0 and float(torch.rand(())) < self.flip_p
         name = self._choose(emoji.names)
         caption = self._choose(self.templates).format(
@@ -225,7 +231,7 @@ class EmojiImages(Dataset):
             "caption": caption,
             "class_label": CATEGORIES.index(emoji.category),
             "human_label": emoji.category,
-            "index": i + len(self) * flipped,
+            "index": number + len(self.emoji) * flipped,
             "symbol": emoji.symbol,
             "file_path_": f"{emoji.code}.png",
         }

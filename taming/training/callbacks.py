@@ -94,6 +94,9 @@ class ImageLogger(Callback):
         log_images_kwargs: further arguments for `log_images`.
         log_before_first_step: draw before the first step.
         enable_autocast: draw under the precision that training uses.
+
+    Raises:
+        ValueError: `batch_frequency` is below 1.
     """
 
     def __init__(
@@ -111,6 +114,10 @@ class ImageLogger(Callback):
         enable_autocast: bool = True,
     ) -> None:
         super().__init__()
+        if batch_frequency < 1:
+            raise ValueError(
+                f"batch_frequency={batch_frequency} must be at least 1; disabled=true switches pictures off"
+            )
         self.batch_freq = batch_frequency
         self.max_images = max_images
         self.log_steps = (
@@ -366,7 +373,13 @@ class LossCurve(Callback):
     @rank_zero_only
     def draw(self) -> None:
         """Write the picture; without matplotlib, say how to get one."""
-        curves = {name: np.array(points) for name, points in self.points.items() if points}
+        curves: dict[str, np.ndarray] = {}
+        for name, points in sorted(self.points.items()):
+            # a total that consists of one term is that term's curve again
+            if points and not any(
+                c.shape == np.shape(points) and np.allclose(c, points) for c in curves.values()
+            ):
+                curves[name] = np.array(points)
         if not curves:
             return
         try:
@@ -378,7 +391,7 @@ class LossCurve(Callback):
             return
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        for name, points in sorted(curves.items()):
+        for name, points in curves.items():
             style = (
                 {"marker": "o", "markersize": 4} if name.startswith("val") else {"alpha": 0.8, "linewidth": 1}
             )

@@ -200,15 +200,15 @@ def effective_learning_rate(config: DictConfig, scale: bool, devices: int, accum
 
 def hand_over_manual_options(model: Any, kwargs: dict[str, Any]) -> None:
     """Give clipping and accumulation to a model that optimizes by hand: the trainer refuses them there."""
+    if kwargs.get("strategy") == "ddp":
+        # as in Lightning 1: some weights (the other player's, unused heads) get no gradient in a step
+        kwargs["strategy"] = "ddp_find_unused_parameters_true"
     if getattr(model, "automatic_optimization", True):
         return
     for name in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
         value = kwargs.pop(name, None)
         if value is not None:
             setattr(model, name, value)
-    if kwargs.get("strategy") == "ddp":
-        # while one player moves, the other's parameters get no gradient
-        kwargs["strategy"] = "ddp_find_unused_parameters_true"
 
 
 def install_signal_handlers(save: Callable[[], None]) -> None:

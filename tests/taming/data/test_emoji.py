@@ -78,6 +78,15 @@ def test_validation_captions_do_not_vary():
     assert len({data[3]["caption"] for _ in range(10)}) == 1
 
 
+def test_long_epochs_repeat_the_same_pictures():
+    once, thrice = (EmojiImages(size=32, split="validation", repeats=n) for n in (1, 3))
+    assert len(thrice) == 3 * len(once)
+    again = thrice[len(once) + 4]
+    assert again["index"] == once[4]["index"] and np.array_equal(again["image"], once[4]["image"])
+    with pytest.raises(IndexError, match=f"picture {len(once)} of {len(once)}"):
+        once[len(once)]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -38,6 +38,8 @@ def test_pictures_are_drawn_at_powers_of_two_and_then_regularly():
     assert [i for i in range(70) if logger.check_frequency(i)] == [1, 2, 4, 8, 16, 32, 48, 64]
     assert not ImageLogger(batch_frequency=4).check_frequency(0)
     assert ImageLogger(batch_frequency=4, log_first_step=True).check_frequency(0)
+    with pytest.raises(ValueError, match="disabled=true"):
+        ImageLogger(batch_frequency=0)
 
 
 def test_grids_are_files_with_step_epoch_and_batch_in_their_names(tmp_path):

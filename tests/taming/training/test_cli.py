@@ -37,10 +37,24 @@ def config(tmp_path, tiny):
     }  # fmt: skip
     (tmp_path / "random_pictures.py").write_text(
         "import torch\n\n\nclass Pictures:\n    def __init__(self, n):\n        self.n = n\n\n    def __len__(self):\n        return self.n\n\n"
-        "    def __getitem__(self, i):\n        return {'image': torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(i)) * 2 - 1}\n"
+        "    def __getitem__(self, i):\n        return {'image': torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(i)) * 2 - 1, 'index': i, 'caption': 'red heart'}\n"
     )
     OmegaConf.save(OmegaConf.create(contents), tmp_path / "tiny.yaml")
     return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture
+def text_config(config, tiny):
+    """The same pictures, for a text-conditional latent diffusion model over that autoencoder."""
+    contents = OmegaConf.load(config)
+    model = tiny.latent_diffusion(
+        first_stage_config=tiny.kl, cond_stage_config=tiny.text, first_stage_key="image", cond_stage_key="caption",
+        cond_stage_trainable=True, scale_by_std=True, cache_latents=True, use_ema=True,
+    )  # fmt: skip
+    contents.model = {"base_learning_rate": 1.0e-4, **model}
+    contents.lightning.callbacks = {"image_logger": {"params": {"disabled": True}}}
+    OmegaConf.save(contents, config.with_name("text.yaml"))
+    return config.with_name("text.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -235,21 +249,21 @@ def test_sigusr1_saves_a_checkpoint():
     assert saved == [True]
 
 
-def test_a_killed_run_continues_from_its_last_checkpoint(config):
+@pytest.mark.parametrize("which", ["config", "text_config"], ids=["autoencoder", "text2img"])
+def test_a_killed_run_continues_from_its_last_checkpoint(which, request):
     """SIGKILL in the middle, then -r: counters go on, and the first process' checkpoint was whole."""
-    command = [sys.executable, str(ROOT / "main.py"), "-b", str(config), "-t", "--no-test", "--max_epochs", "200",
-               "lightning.modelcheckpoint.params.every_n_train_steps=2", "lightning.modelcheckpoint.params.save_top_k=1"]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(config.parent)},
-    )
+    config = request.getfixturevalue(which)
+    often = "lightning.modelcheckpoint.params.every_n_train_steps=2"
+    command = [sys.executable, str(ROOT / "main.py"), "-b", str(config), "-t", "--no-test", "--max_epochs", "200", often,
+               "lightning.modelcheckpoint.params.save_top_k=1"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(config.parent)}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
     try:
         for _ in range(600):
             found = list(Path("logs").glob("*/checkpoints/last.ckpt"))
             if found and load_checkpoint(found[0])["global_step"] >= 6:
                 break
+            assert process.poll() is None, process.stderr.read().decode()
             time.sleep(0.1)
         else:
             pytest.fail("no checkpoint within a minute")
@@ -259,19 +273,29 @@ def test_a_killed_run_continues_from_its_last_checkpoint(config):
     logdir = only_run()
     saved = load_checkpoint(logdir / "checkpoints" / "last.ckpt")
     target = saved["global_step"] + 4
-    assert (
-        run(
-            "-r",
-            logdir,
-            "-t",
-            "--no-test",
-            "--max_steps",
-            target,
-            "lightning.modelcheckpoint.params.every_n_train_steps=2",
-        )
-        == 0
-    )
+    assert run("-r", logdir, "-t", "--no-test", "--max_steps", target, often) == 0
     resumed = load_checkpoint(logdir / "checkpoints" / "last.ckpt")
-    assert resumed["global_step"] == resumed["batch_counter"] == target
+    assert resumed["global_step"] == target
+    for name in ("batch_counter", "scale_factor"):  # a first stage counts batches; latents keep their scale
+        for where in (saved, saved["state_dict"]):
+            if name in where:
+                after = resumed[name] if where is saved else resumed["state_dict"][name]
+                assert after == (target if name == "batch_counter" else where[name])
+    if which == "text_config":
+        assert saved["state_dict"]["scale_factor"] != 1
+        updates = [int(v["state_dict"]["model_ema.num_updates"]) for v in (saved, resumed)]
+        assert updates[1] - updates[0] == target - saved["global_step"]
     steps = resumed["optimizer_states"][0]["state"][0]["step"]
     assert int(torch.as_tensor(steps)) == target  # the optimizer went on, too
+
+
+def test_data_parallel_runs_allow_weights_without_a_gradient():
+    """Lightning 1 looked for unused parameters; Lightning 2's plain `ddp` hangs at the first one."""
+    for manual in (False, True):
+        model = type("Model", (), {"automatic_optimization": not manual})()
+        kwargs = {"strategy": "ddp", "accumulate_grad_batches": 2}
+        cli.hand_over_manual_options(model, kwargs)
+        assert kwargs.pop("strategy") == "ddp_find_unused_parameters_true"
+        assert (kwargs, getattr(model, "accumulate_grad_batches", None)) == (
+            ({}, 2) if manual else ({"accumulate_grad_batches": 2}, None)
+        )

@@ -374,12 +374,13 @@ class LossCurve(Callback):
     def draw(self) -> None:
         """Write the picture; without matplotlib, say how to get one."""
         curves: dict[str, np.ndarray] = {}
-        for name, points in sorted(self.points.items()):
+        for name, values in sorted(self.points.items()):
             # a total that consists of one term is that term's curve again
-            if points and not any(
-                c.shape == np.shape(points) and np.allclose(c, points) for c in curves.values()
+            points = np.array(values)
+            if values and not any(
+                c.shape == points.shape and np.allclose(c, points) for c in curves.values()
             ):
-                curves[name] = np.array(points)
+                curves[name] = points
         if not curves:
             return
         try:

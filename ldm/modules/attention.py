@@ -273,4 +273,4 @@ class SpatialTransformer(nn.Module):
             h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height, w=width)
         else:
             h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height, w=width))
-        return h + x
+        return x + h  # in this order: the sum keeps the layout of x, where tokens left h permuted

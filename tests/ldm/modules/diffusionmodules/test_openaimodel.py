@@ -171,3 +171,28 @@ def test_a_full_size_stable_diffusion_unet_has_the_published_size():
             use_checkpoint=True, legacy=False,
         )  # fmt: skip
     assert sum(p.numel() for p in model.parameters()) == 859_520_964
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["v1: convolutions", "v2: linear projections"])
+def test_the_text_unet_equals_diffusers_class(linear):
+    """UNet2DConditionModel with the weights under its own names (converted by diffusers itself)."""
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    model = randomised(
+        UNetModel(
+            image_size=16, in_channels=4, out_channels=4, model_channels=32, attention_resolutions=[4, 2, 1], num_res_blocks=2,
+            channel_mult=[1, 2, 4, 4], use_spatial_transformer=True, context_dim=48, legacy=False, use_linear_in_transformer=linear,
+            num_heads=-1 if linear else 4, num_head_channels=32 if linear else -1,
+        )
+    ).eval()  # fmt: skip
+    peer = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 64, 128, 128), layers_per_block=2, cross_attention_dim=48,
+        attention_head_dim=(1, 2, 4, 4) if linear else 4, use_linear_projection=linear,
+    ).eval()  # fmt: skip
+    weights = {f"model.diffusion_model.{k}": v for k, v in model.state_dict().items()}
+    peer.load_state_dict(convert_ldm_unet_checkpoint(weights, dict(peer.config)))
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 700]), torch.randn(2, 7, 48)
+    with torch.no_grad():
+        ours, theirs = model(x, t, context), peer(x, t, context).sample
+    assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.std()))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from taming.data.images import INTERPOLATIONS, open_rgb, to_float
+from taming.data.images import HUES, INTERPOLATIONS, open_rgb, recolour, to_float
 from taming.util import nearest
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ CATEGORIES = (
     "Smileys & Emotion", "People & Body", "Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects",
     "Symbols", "Other",
 )  # fmt: skip
+COLOUR_WORDS = {*HUES, "brown", "black", "white", "grey", "gray", "rainbow"}
 SPLITS = ("train", "validation", "all")
 SKIN_TONES = {f"{c:x}" for c in range(0x1F3FB, 0x1F400)}
 REGIONAL_LETTERS = {f"{c:x}" for c in range(0x1F1E6, 0x1F200)}
@@ -146,7 +147,7 @@ class EmojiImages(Dataset):
     """Captioned emoji, held in memory.
 
     Each item is a dict: `image` (size, size, 3) float32 in [-1, 1], `caption`, `class_label` (index into `CATEGORIES`)
-    and its `human_label`, `index` (names the exact picture, flipped ones apart, so that latents can be cached),
+    and its `human_label`, `index` (names the exact pixels, mirrored and recoloured ones apart, so that latents can be cached),
     `symbol`, and `file_path_`.
 
     Args:
@@ -158,6 +159,8 @@ class EmojiImages(Dataset):
         templates: captions are made from one of these, with {name} (the name or an alias), {category}, {subcategory}.
         flip_p: probability of a mirrored picture.
         repeats: how often each picture comes in an epoch; long epochs cost less where the set is small.
+        recolour_p: probability of a picture in another colour, said in its caption ("blue cat"), so that prompts compose;
+            pictures that are grey or whose names speak of a colour keep theirs.
 
     In the training split names and templates are drawn anew each time; in the others the first ones are taken.
 
@@ -176,6 +179,7 @@ class EmojiImages(Dataset):
         templates: Sequence[str] = ("{name}",),
         flip_p: float = 0.0,
         repeats: int = 1,
+        recolour_p: float = 0.0,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -199,6 +203,7 @@ class EmojiImages(Dataset):
         self.templates = list(templates)
         self.flip_p = flip_p
         self.repeats = repeats
+        self.recolour_p = recolour_p
         self.varied = split != "validation"
         logger.info("%d emoji (%s). Graphics: Twemoji, CC-BY 4.0.", len(self.emoji), split)
 
@@ -220,18 +225,30 @@ class EmojiImages(Dataset):
             raise IndexError(f"picture {i} of {len(self)}")
         number = i % len(self.emoji)
         emoji = self.emoji[number]
-        flipped = self.flip_p > 0 and float(torch.rand(())) < self.flip_p
-        name = self._choose(emoji.names)
+        pixels, name, variant = emoji.pixels, self._choose(emoji.names), 0
+        if self.recolour_p > 0 and float(torch.rand(())) < self.recolour_p:
+            variant = 1 + int(torch.randint(len(HUES), ()))
+            colour = list(HUES)[variant - 1]
+            coloured = (
+                None
+                if any(e in COLOUR_WORDS for n in emoji.names for e in n.split())
+                else recolour(pixels, colour)
+            )
+            if coloured is None:
+                variant = 0
+            else:
+                pixels, name = coloured, f"{colour} {name}"
+        if self.flip_p > 0 and float(torch.rand(())) < self.flip_p:
+            pixels, variant = pixels[:, ::-1], variant + 1 + len(HUES)
         caption = self._choose(self.templates).format(
             name=name, category=emoji.category, subcategory=emoji.subcategory
         )
-        pixels = emoji.pixels[:, ::-1] if flipped else emoji.pixels
         return {
             "image": to_float(pixels),
             "caption": caption,
             "class_label": CATEGORIES.index(emoji.category),
             "human_label": emoji.category,
-            "index": number + len(self.emoji) * flipped,
+            "index": number + len(self.emoji) * variant,
             "symbol": emoji.symbol,
             "file_path_": f"{emoji.code}.png",
         }

@@ -15,6 +15,7 @@ INTERPOLATIONS = {
     name: getattr(Image.Resampling, name.upper())
     for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 }
+HUES = {"red": 0, "orange": 28, "yellow": 48, "green": 120, "blue": 210, "purple": 275, "pink": 330}
 
 
 class BrokenImageError(OSError):
@@ -76,3 +77,23 @@ def resize_and_crop(
 def to_float(pixels: Image.Image | np.ndarray) -> np.ndarray:
     """8-bit pixels (h, w, c) → float32 in [-1, 1]."""
     return (np.asarray(pixels, dtype=np.float32) / 127.5) - 1.0
+
+
+def recolour(pixels: np.ndarray, colour: str) -> np.ndarray | None:
+    """Turn all hues so that the prevailing one becomes `colour` (a key of `HUES`); greys and lightness stay.
+
+    Args:
+        pixels: 8-bit RGB (h, w, 3).
+
+    Returns:
+        Pixels of the same shape, or None where less than a tenth of the picture has a hue.
+    """
+    hsv = np.array(Image.fromarray(pixels).convert("HSV")).astype(int)
+    hue, saturation, value = (hsv[..., i] for i in range(3))
+    weight = np.where((saturation > 80) & (value > 60), saturation, 0)
+    if (weight > 0).mean() < 0.1:
+        return None
+    # hues are angles, so their mean is that of points on the circle; a byte is the whole turn
+    prevailing = np.angle((weight * np.exp(2j * np.pi * hue / 256)).sum()) / (2 * np.pi)
+    hsv[..., 0] = (hue + round((HUES[colour] / 360 - prevailing) * 256)) % 256
+    return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))

@@ -415,11 +415,12 @@ class UNetModel(UNetBackbone):
         self.out = nn.Sequential(
             normalization(model_channels * channel_mult[0]),
             nn.SiLU(),
-            zero_module(conv_nd(dims, model_channels, out_channels * fold, 3, padding=1)),
+            zero_module(conv_nd(dims, model_channels * channel_mult[0], out_channels * fold, 3, padding=1)),
         )
         if n_embed is not None:
             self.id_predictor = nn.Sequential(
-                normalization(model_channels * channel_mult[0]), conv_nd(dims, model_channels, n_embed, 1)
+                normalization(model_channels * channel_mult[0]),
+                conv_nd(dims, model_channels * channel_mult[0], n_embed, 1),
             )
 
     def forward(

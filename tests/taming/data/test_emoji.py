@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from taming.data.emoji import CATEGORIES, EmojiImages, load_emoji
+from taming.data.images import HUES
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,25 @@ def test_items_are_what_the_models_take():
 def test_validation_captions_do_not_vary():
     data = EmojiImages(size=32, split="validation", templates=["{name}, {subcategory}", "{name}"])
     assert len({data[3]["caption"] for _ in range(10)}) == 1
+
+
+def test_recoloured_pictures_say_so_and_have_an_index_of_their_own():
+    plain = EmojiImages(size=32, split="all")
+    data = EmojiImages(size=32, split="all", recolour_p=1.0, flip_p=0.5)
+    where = {e.names[0]: i for i, e in enumerate(data.emoji)}
+    torch.manual_seed(0)
+    cats = [data[where["cat face"]] for _ in range(60)]
+    assert {c["caption"].split()[0] for c in cats} == set(HUES)
+    by_index = {}
+    for cat in cats:
+        assert np.array_equal(by_index.setdefault(cat["index"], cat["image"]), cat["image"])
+    assert len(by_index) > len(HUES)  # colours, some of them mirrored
+    blue = next(c["image"] for c in cats if c["caption"].startswith("blue"))[16, 16]
+    original = plain[where["cat face"]]["image"][16, 16]
+    assert blue[2] > blue[0] and original[0] > original[2]
+    # names of colours and grey pictures stay what they are
+    assert data[where["red heart"]]["caption"] in plain.emoji[where["red heart"]].names
+    assert data[where["skull"]]["caption"] in plain.emoji[where["skull"]].names
 
 
 def test_long_epochs_repeat_the_same_pictures():

@@ -136,6 +136,13 @@ def test_labels_must_come_exactly_when_expected():
         UNetModel(**BASE)(x)
 
 
+def test_the_first_level_may_be_wider_than_the_base():
+    x, t, _ = inputs()
+    wide = {**BASE, "channel_mult": [2, 3]}
+    assert randomised(UNetModel(**wide))(x, t).shape == x.shape
+    assert randomised(UNetModel(**wide, n_embed=5))(x, t).shape == (2, 5, 8, 8)
+
+
 def test_resampling_keeps_the_first_of_three_axes():
     x = torch.randn(1, 32, 3, 4, 4)
     assert Upsample(32, True, dims=3)(x).shape == (1, 32, 3, 8, 8)

@@ -19,18 +19,23 @@ class Tokenizer(nn.Module):
         device: where the ids go; "cuda" (the published default) falls back to the CPU on machines without.
         vq_interface: `encode` answers `(None, None, [None, None, ids])`.
         max_length: length that texts are padded or cut to.
+        offset: added to the ids that `encode` gives: a token transformer has one table for image codes and text, so text
+            begins behind the codes.
     """
 
-    def __init__(self, device: str = "cuda", vq_interface: bool = True, max_length: int = 77) -> None:
+    def __init__(
+        self, device: str = "cuda", vq_interface: bool = True, max_length: int = 77, offset: int = 0
+    ) -> None:
         super().__init__()
         self.device = device if device != "cuda" or torch.cuda.is_available() else "cpu"
         self.vq_interface = vq_interface
         self.max_length = max_length
+        self.offset = offset
 
     @torch.no_grad()
     def encode(self, text: str | Sequence[str]) -> Any:
         """Ids of the texts, (b, max_length), in a quantiser's triple if so configured."""
-        tokens = self(text)
+        tokens = self(text) + self.offset
         return (None, None, [None, None, tokens]) if self.vq_interface else tokens
 
     def decode(self, text: Any) -> Any:
@@ -53,8 +58,9 @@ class BERTTokenizer(Tokenizer):
         vq_interface: bool = True,
         max_length: int = 77,
         version: str = "bert-base-uncased",
+        offset: int = 0,
     ) -> None:
-        super().__init__(device, vq_interface, max_length)
+        super().__init__(device, vq_interface, max_length, offset)
         from transformers import AutoTokenizer
 
         self.version = version
@@ -100,9 +106,14 @@ class BPETokenizer(Tokenizer):
     FULL = 49408
 
     def __init__(
-        self, device: str = "cuda", vq_interface: bool = True, max_length: int = 77, vocab_size: int = FULL
+        self,
+        device: str = "cuda",
+        vq_interface: bool = True,
+        max_length: int = 77,
+        vocab_size: int = FULL,
+        offset: int = 0,
     ) -> None:
-        super().__init__(device, vq_interface, max_length)
+        super().__init__(device, vq_interface, max_length, offset)
         if not self.BYTES + 2 <= vocab_size <= self.FULL:
             raise ValueError(f"vocab_size={vocab_size} must lie between {self.BYTES + 2} and {self.FULL}")
         from open_clip.tokenizer import SimpleTokenizer

@@ -33,6 +33,15 @@ def test_a_smaller_vocabulary_splits_words_and_loses_nothing():
             BPETokenizer(vocab_size=size)
 
 
+def test_text_may_stand_behind_image_codes_in_one_table():
+    plain = BPETokenizer(vocab_size=700, max_length=8)
+    behind = BPETokenizer(vocab_size=700, max_length=8, offset=1024)
+    assert torch.equal(behind.encode(["red heart"])[2][2], plain.encode(["red heart"])[2][2] + 1024)
+    assert torch.equal(
+        behind(["red heart"]), plain(["red heart"])
+    )  # `words` and models of text see plain ids
+
+
 def test_a_cut_prompt_names_the_words_without_effect(caplog):
     tokenizer = BPETokenizer(max_length=5)
     with caplog.at_level(logging.WARNING):

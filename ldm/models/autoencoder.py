@@ -167,17 +167,11 @@ class VQModel(_VQModel):
         use_ema: bool = False,
     ) -> None:
         super().__init__(
-            ddconfig, lossconfig, n_embed, embed_dim, image_key=image_key, colorize_nlabels=colorize_nlabels,
-            monitor=monitor, remap=remap, sane_index_shape=sane_index_shape,
+            ddconfig, lossconfig, n_embed, embed_dim, ckpt_path, ignore_keys, image_key, colorize_nlabels, monitor, remap,
+            sane_index_shape, ema_decay=0.9999 if use_ema else None, scheduler_config=scheduler_config,
         )  # fmt: skip
         self.batch_resize_range = batch_resize_range
-        self.scheduler_config = scheduler_config
         self.lr_g_factor = lr_g_factor
-        self.use_ema = use_ema
-        if use_ema:
-            self.model_ema = LitEma(self)
-        if ckpt_path is not None:
-            self.init_from_ckpt(ckpt_path, ignore_keys)
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Tensor:
         """As in the base class; resized if `batch_resize_range` says so."""
@@ -200,11 +194,7 @@ class VQModel(_VQModel):
         """Pictures in [-1, 1]: `inputs`, `reconstructions`, and the latter with averaged weights on request."""
         if only_inputs:
             return {"inputs": self.get_input(batch, self.image_key).to(self.device)}
-        log = super().log_images(batch)
-        if plot_ema:
-            with self.ema_scope():
-                log["reconstructions_ema"] = super().log_images(batch)["reconstructions"]
-        return log
+        return super().log_images(batch, plot_ema=plot_ema)
 
 
 class VQModelInterface(VQModel):

@@ -240,8 +240,12 @@ class FirstStage(pl.LightningModule):
         log[f"{split}/aeloss"] = aeloss
         if self.discriminator is not None:
             log |= self.player_loss(1, inputs, outputs, split=split)[1]
-        log[f"{split}/psnr"] = self.psnr(inputs, outputs[0])
+        log |= {f"{split}/{name}": value for name, value in self.quality(inputs, outputs[0]).items()}
         self.log_dict(log, **over_epoch)
+
+    def quality(self, inputs: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
+        """What validation measures beside the losses."""
+        return {"psnr": self.psnr(inputs, reconstructions)}
 
     @staticmethod
     def psnr(inputs: Tensor, reconstructions: Tensor) -> Tensor:

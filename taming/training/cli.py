@@ -327,6 +327,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ignore", message=".*Checkpoint directory .* exists and is not empty.*"
     )  # a resumed run
     warnings.filterwarnings("ignore", message=".*no pre-optimization state was saved.*")
+    # a discriminator that rests before `disc_start` has a multiplier that moves and an optimizer that does not yet
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     sys.path.append(os.getcwd())  # users' own targets lie beside their configurations
     options, run_folder = argparse.Namespace(debug=False), None
     try:

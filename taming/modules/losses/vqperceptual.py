@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
 from taming.modules.losses.adversarial import AdversarialLoss, adopt_weight, hinge_d_loss, vanilla_d_loss
 from taming.modules.losses.lpips import LPIPS
+from taming.modules.vqvae.codebook import code_counts, perplexity_of
 
 __all__ = [
     "LPIPS", "DummyLoss", "NLayerDiscriminator", "VQLPIPSWithDiscriminator", "adopt_weight", "hinge_d_loss", "l1", "l2",
@@ -42,10 +43,8 @@ def measure_perplexity(predicted_indices: Tensor, n_embed: int) -> tuple[Tensor,
         predicted_indices: code indices of any shape.
         n_embed: size of the codebook.
     """
-    counts = torch.bincount(predicted_indices.reshape(-1), minlength=n_embed).float()
-    frequencies = counts / counts.sum()
-    perplexity = (-(frequencies * (frequencies + 1e-10).log()).sum()).exp()
-    return perplexity, (frequencies > 0).sum()
+    counts = code_counts(predicted_indices, n_embed)
+    return perplexity_of(counts), (counts > 0).sum()
 
 
 class VQLPIPSWithDiscriminator(AdversarialLoss):

@@ -1,16 +1,9 @@
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vq_model import VectorQuantizer as Peer
 
-from taming.modules.vqvae import quantize
-from taming.modules.vqvae.quantize import VectorQuantizer2, nearest_codes
-
-
-def test_the_search_in_blocks_finds_what_the_whole_matrix_shows(monkeypatch):
-    z, codebook = torch.randn(300, 6), torch.randn(40, 6)
-    expected = torch.cdist(z, codebook).argmin(dim=1)
-    monkeypatch.setattr(quantize, "SEARCH_BLOCK", 40 * 7)  # seven vectors at a time
-    assert torch.equal(nearest_codes(z, codebook), expected)
+from taming.modules.vqvae.quantize import VectorQuantizer, VectorQuantizer2
 
 
 def test_the_gradient_passes_straight_through():
@@ -38,6 +31,16 @@ def test_beta_weighs_the_codebook_in_legacy_form_and_the_commitment_otherwise(le
     assert torch.allclose(layer.embedding.weight.grad, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+def test_it_agrees_with_diffusers(legacy):
+    ours, theirs = VectorQuantizer2(12, 4, beta=0.3, legacy=legacy), Peer(12, 4, beta=0.3, legacy=legacy)
+    theirs.load_state_dict(ours.state_dict())
+    z = 0.1 * torch.randn(2, 4, 3, 5)
+    (quant, loss, (_, _, indices)), (peer_quant, peer_loss, (_, _, peer_indices)) = ours(z), theirs(z)
+    assert torch.equal(indices, peer_indices)
+    assert torch.allclose(quant, peer_quant, atol=1e-6) and torch.allclose(loss, peer_loss, atol=1e-6)
+
+
 def test_indices_lead_back_to_the_codes():
     layer = VectorQuantizer2(8, 4, beta=0.25, sane_index_shape=True)
     quant, _, (_, _, indices) = layer(torch.randn(2, 4, 3, 5))
@@ -45,17 +48,34 @@ def test_indices_lead_back_to_the_codes():
     assert torch.allclose(layer.get_codebook_entry(indices, (2, 3, 5, 4)), quant, atol=1e-6)
 
 
-def test_remapping_renumbers_used_codes_and_back(tmp_path):
-    np.save(tmp_path / "used.npy", np.array([1, 4, 6]))
-    layer = VectorQuantizer2(8, 2, beta=0.25, remap=str(tmp_path / "used.npy"), unknown_index="extra")
-    assert layer.re_embed == 4 and layer.unknown_index == 3
-    inds = torch.tensor([[1, 4, 6, 5]])
-    positions = layer.remap_to_used(inds)
-    assert positions.tolist() == [[0, 1, 2, 3]]
-    kept = positions.clone()
-    assert layer.unmap_to_all(positions).tolist() == [[1, 4, 6, 1]]
-    assert torch.equal(positions, kept)  # the caller's tensor is left alone
-    with pytest.raises(AssertionError, match="batch axis"):
-        layer.remap_to_used(torch.tensor([1, 4]))
-    random = VectorQuantizer2(8, 2, beta=0.25, remap=str(tmp_path / "used.npy"))
-    assert set(random.remap_to_used(torch.full((1, 200), 5)).unique().tolist()) == {0, 1, 2}
+def test_the_earlier_form_equals_the_later_and_counts_codes():
+    early, late = VectorQuantizer(8, 4, beta=0.25), VectorQuantizer2(8, 4, beta=0.25)
+    late.load_state_dict(early.state_dict())
+    z = torch.randn(2, 4, 3, 5)
+    (quant, loss, (perplexity, onehot, indices)), (same, also, (_, _, flat)) = early(z), late(z)
+    assert torch.equal(quant, same) and torch.equal(loss, also) and torch.equal(indices[:, 0], flat)
+    assert torch.equal(onehot, F.one_hot(flat, 8).float())
+    entropy = torch.distributions.Categorical(probs=onehot.mean(dim=0)).entropy()
+    assert float(perplexity) == pytest.approx(float(entropy.exp()), rel=1e-4)
+
+
+def test_with_l2_norm_only_angles_count():
+    """Yu et al. 2022, section 3.2: vectors and codes lie on the unit sphere."""
+    layer = VectorQuantizer2(16, 4, beta=0.25, l2_norm=True)
+    z = torch.randn(2, 4, 3, 3)
+    quant, loss, (_, _, indices) = layer(z)
+    vectors = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    cosine = F.cosine_similarity(vectors[:, None], layer.embedding.weight[None], dim=-1)
+    assert torch.equal(indices, cosine.argmax(dim=1))
+    assert torch.allclose(quant.norm(dim=1), torch.ones(2, 3, 3), atol=1e-6)
+    # |a - b|² = 2 - 2 cos on the sphere; the two terms weigh 1 and 0.25
+    assert float(loss) == pytest.approx(float(1.25 * (2 - 2 * cosine.max(dim=1).values).mean() / 4), rel=1e-5)
+    scaled, _, (_, _, same) = layer(7 * z)
+    assert torch.equal(indices, same) and torch.allclose(quant, scaled, atol=1e-6)
+
+
+def test_the_gumbel_options_are_refused():
+    layer = VectorQuantizer2(8, 4, beta=0.25)
+    for options in ({"temp": 0.5}, {"rescale_logits": True}, {"return_logits": True}):
+        with pytest.raises(AssertionError, match="Gumbel"):
+            layer(torch.zeros(1, 4, 2, 2), **options)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from taming.data.base import SkipsBroken, existing_folder, read_list
 from taming.data.images import EXTENSIONS, BrokenImageError, open_rgb, resize_and_crop, to_float
 from taming.util import nearest
-
-logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "file_name", "file", "path", "filename", "image_path")
 CAPTION_COLUMNS = ("caption", "text", "prompt", "captions", "title")
 LIST_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".txt")
-ERROR_POLICIES = ("skip", "raise")
 
 
-class CaptionedImages(Dataset):
+class CaptionedImages(SkipsBroken):
     """Images of any size and format with captions, as `{image, caption, index, file_path_, …}`.
 
     `image` is (size, size, 3) float32 in [-1, 1]. A caption comes from the list; without a list from a text file of
@@ -72,22 +68,19 @@ class CaptionedImages(Dataset):
         image_key: str = "image",
         caption_key: str = "caption",
     ) -> None:
-        if on_error not in ERROR_POLICIES:
-            raise ValueError(f"on_error={on_error!r} is unknown; choose one of {ERROR_POLICIES}")
+        super().__init__(on_error)
         if root is None and captions is None:
             raise ValueError("name a folder of pictures (root), a list of them (captions), or both")
         self.root = Path(root) if root is not None else Path(str(captions)).parent
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.root} of pictures")
+        existing_folder(self.root, "name the folder of the pictures (root)")
         self.size, self.random_crop, self.flip_p, self.interpolation = (
             size,
             random_crop,
             flip_p,
             interpolation,
         )
-        self.default_caption, self.on_error = default_caption, on_error
+        self.default_caption = default_caption
         self.image_key, self.caption_key = image_key, caption_key
-        self.broken: dict[str, str] = {}
         if captions is None:
             self.items = [
                 (p, None)
@@ -115,36 +108,20 @@ class CaptionedImages(Dataset):
                 open_rgb(path)
                 good.append((path, text))
             except (BrokenImageError, FileNotFoundError) as error:
-                self._note(path, error)
+                self.note_broken(error)
         self.items = good
         if not good:
             raise FileNotFoundError(
                 f"all {len(self.broken)} pictures below {self.root} are broken or missing; the first: {next(iter(self.broken.values()))}"
             )
 
-    def _note(self, path: Path, error: Exception) -> None:
-        if self.on_error == "raise":
-            raise error
-        if str(path) not in self.broken:
-            self.broken[str(path)] = str(error)
-            logger.warning("Skipping a broken picture (%d so far): %s", len(self.broken), error)
-
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        for step in range(len(self)):
-            index = (i + step) % len(self)
-            path, text = self.items[index]
-            try:
-                image = open_rgb(path)
-            except (BrokenImageError, FileNotFoundError) as error:
-                self._note(path, error)
-                continue
-            return self._example(index, path, text, image)
-        raise BrokenImageError(
-            f"all {len(self)} pictures below {self.root} are broken or missing; the first: {next(iter(self.broken.values()))}"
-        )
+    def load(self, index: int) -> dict[str, Any]:
+        """Picture, caption and labels of one file."""
+        path, text = self.items[index]
+        return self._example(index, path, text, open_rgb(path))
 
     def _example(self, index: int, path: Path, text: Any, image: Any) -> dict[str, Any]:
         pixels = to_float(resize_and_crop(image, self.size, self.interpolation, self.random_crop))
@@ -181,9 +158,7 @@ def _read_list(path: Path, image_column: str | None, caption_column: str | None)
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}")
     if path.suffix == ".txt":
-        return [
-            (line.strip(), None) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        return [(line, None) for line in read_list(path)]
     rows = _read_rows(path)
     if not rows:
         return []

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from taming.data.utils import custom_collate
 from taming.util import instantiate_from_config
 
 # Lightning's name for each split's loader
@@ -120,6 +121,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             num_workers=self._processes,
+            collate_fn=custom_collate,
             shuffle=shuffle and not iterable,
             worker_init_fn=worker_init_fn if own_seeds else None,
             persistent_workers=self._processes > 0,

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int = 1, mask: Tensor | None = None, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int = 1,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Softmax(q kᵀ / √d) v over several heads, without ever holding the full score matrix where PyTorch can avoid it.
 
@@ -21,6 +27,7 @@ def attention(
         mask: True where a query may look, broadcastable to (b, heads, n, m). A query that may look nowhere gets the
             mean of all values.
         causal: query i sees keys up to i only.
+        dropout: share of the attention weights that are dropped, in [0, 1).
 
     Returns:
         (b, n, heads * e)
@@ -32,10 +39,10 @@ def attention(
     if mask is not None:
         # a finite floor instead of -inf: a fully masked row stays a mean, never NaN
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
-    if bias is None and not causal and _explicit_is_faster(q, k):
+    if bias is None and not causal and dropout == 0.0 and _explicit_is_faster(q, k):
         out = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
     return rearrange(out, "b h n d -> b n (h d)")
 
 

@@ -1,0 +1,59 @@
+"""Pictures of what a transformer was conditioned on, for its logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYOUTS = ("objects_bbox", "objects_center_points")
+
+
+def condition_pictures(
+    model: Any, x: Tensor, c: Tensor, quant_c: Tensor, tokens: Tensor, module: Any
+) -> dict[str, Tensor]:
+    """What `log_images` shows of a condition.
+
+    Args:
+        model: the Net2NetTransformer.
+        x: images (b, c, h, w).
+        c: conditions.
+        quant_c, tokens: what `encode_to_c` made of them.
+        module: Lightning module whose trainer holds the data set that can draw layouts.
+
+    Returns:
+        `conditioning_rec` and `conditioning`, (b, 3, h, w) or (b, 1, h, w); nothing where the condition is the image
+        itself or cannot be shown, such as a class label.
+    """
+    key, stage = model.cond_stage_key, model.cond_stage_model
+    if key in LAYOUTS:
+        return _layouts(key, c, tokens, x.shape[2:], module)
+    if key == model.first_stage_key or key == "image" or not hasattr(stage, "decode"):
+        return {}
+    reconstructed = stage.decode(quant_c)
+    if key == "segmentation":
+        reconstructed, c = (stage.to_rgb(_one_hot(maps)) for maps in (reconstructed, c))
+    return {"conditioning_rec": reconstructed, "conditioning": c}
+
+
+def _one_hot(maps: Tensor) -> Tensor:
+    """The likeliest label of each pixel of (b, labels, h, w), as ones and zeros."""
+    return F.one_hot(maps.argmax(dim=1), maps.shape[1]).movedim(-1, 1).float()
+
+
+def _layouts(key: str, c: Tensor, tokens: Tensor, size: Any, module: Any) -> dict[str, Tensor]:
+    """Drawn by the validation data set, which knows what its categories are called; nothing without one."""
+    datamodule = getattr(
+        getattr(module, "_trainer", None) or getattr(module, "trainer", None), "datamodule", None
+    )
+    dataset = getattr(datamodule, "datasets", {}).get("validation")
+    if dataset is None:
+        return {}
+    builder, label = dataset.conditional_builders[key], dataset.get_textual_label_for_category_no
+
+    def draw(rows: Tensor) -> Tensor:
+        return torch.stack([builder.plot(row.cpu().long(), label, tuple(size)) for row in rows])
+
+    return {"conditioning": draw(c), "conditioning_rec": draw(tokens.reshape(len(c), -1))}

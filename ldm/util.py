@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from taming.models.condition_pictures import log_txt_as_img
 from taming.util import count_params, default, exists, get_obj_from_str, instantiate_from_config
 
 __all__ = [
@@ -23,36 +22,6 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-PUBLISHED_FONT = Path("data/DejaVuSans.ttf")  # where the originals looked, relative to the working directory
-
-
-def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:
-    """Pictures of captions: black on white, broken into lines of 40 characters per 256 pixels.
-
-    Args:
-        wh: width and height.
-        xc: captions.
-        size: of the font, in pixels.
-
-    Returns:
-        (len(xc), 3, height, width) in [-1, 1].
-    """
-    font = (
-        ImageFont.truetype(str(PUBLISHED_FONT), size=size)
-        if PUBLISHED_FONT.is_file()
-        else ImageFont.load_default(size=size)
-    )
-    length = max(1, int(40 * (wh[0] / 256)))
-    pictures = []
-    for caption in xc:
-        page = Image.new("RGB", (wh[0], wh[1]), color="white")
-        lines = "\n".join(caption[start : start + length] for start in range(0, len(caption), length))
-        draw = ImageDraw.Draw(page)
-        draw.fontmode = "1"  # hard edges: at these sizes anti-aliased letters are grey, not black
-        draw.text((0, 0), lines, fill="black", font=font)
-        pictures.append(np.asarray(page).transpose(2, 0, 1) / 127.5 - 1.0)
-    return torch.tensor(np.stack(pictures), dtype=torch.float32)
 
 
 def ismap(x: Any) -> bool:

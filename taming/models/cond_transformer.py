@@ -160,8 +160,8 @@ class Net2NetTransformer(pl.LightningModule):
 
     # ---------------------------------------------------------------------------------- images and tokens
 
-    def get_input(self, key: str, batch: Mapping[str, Any]) -> Tensor:
-        """Entry `key` of a batch: (b, h, w, c) and (b, h, w) → (b, c, h, w), other shapes unchanged; float64 → float32.
+    def get_input(self, key: str, batch: Mapping[str, Any]) -> Any:
+        """Entry `key` of a batch: (b, h, w, c) and (b, h, w) → (b, c, h, w), other shapes and texts unchanged; float64 → float32.
 
         Mind the order of the arguments, which the first stages have otherwise.
 
@@ -173,13 +173,15 @@ class Net2NetTransformer(pl.LightningModule):
                 f"the batch has no entry {key!r}. {nearest(key, batch)} It holds: {', '.join(map(str, batch))}."
             )
         x = batch[key]
+        if not isinstance(x, Tensor):
+            return x  # a list of texts
         if x.ndim == 3:
             x = x[..., None]
         if x.ndim == 4:
             x = rearrange(x, "b h w c -> b c h w").contiguous()
         return x.float() if x.dtype == torch.float64 else x
 
-    def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Tensor]:
+    def get_xc(self, batch: Mapping[str, Any], N: int | None = None) -> tuple[Tensor, Any]:
         """Images and conditions of a batch, the first N if N is given."""
         x, c = self.get_input(self.first_stage_key, batch), self.get_input(self.cond_stage_key, batch)
         return (x, c) if N is None else (x[:N], c[:N])
@@ -191,7 +193,7 @@ class Net2NetTransformer(pl.LightningModule):
         return quant_z, self.permuter(info[2].reshape(quant_z.shape[0], -1))
 
     @torch.no_grad()
-    def encode_to_c(self, c: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_to_c(self, c: Any) -> tuple[Any, Tensor]:
         """Conditions → what their stage makes of them, and tokens (b, n).
 
         A VQModel without `sane_index_shape` gives flat tokens, (b n,), as published.
@@ -199,6 +201,7 @@ class Net2NetTransformer(pl.LightningModule):
         if self.downsample_cond_size > -1:
             c = F.interpolate(c, size=(self.downsample_cond_size,) * 2)
         quant_c, _, (_, _, indices) = self.cond_stage_model.encode(c)
+        indices = indices.to(self.device)
         return quant_c, indices.flatten(1) if indices.ndim > 2 else indices
 
     @torch.no_grad()
@@ -220,7 +223,7 @@ class Net2NetTransformer(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------- training
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, c: Any) -> tuple[Tensor, Tensor]:
         """Predict an image's codes from its condition and the codes before.
 
         Args:
@@ -407,8 +410,8 @@ class Net2NetTransformer(pl.LightningModule):
         """Draw codes for a condition, from the first one on.
 
         Args:
-            condition: as the condition's stage takes it: class labels (b,) or one label, images or maps (b, c, h, w) in
-                their data set's range, lists of tokens (b, m); None for an unconditional model.
+            condition: as the condition's stage takes it: texts, class labels (b,) or one of these, images or maps
+                (b, c, h, w) in their data set's range, lists of tokens (b, m); None for an unconditional model.
             num_steps: number of codes; a whole image has h' w' (256 for a 256x256 image and a factor of 16).
             temperature: above 1 more varied, below 1 safer.
             num_samples: sequences for each condition.
@@ -433,6 +436,10 @@ class Net2NetTransformer(pl.LightningModule):
             if not self.be_unconditional:
                 raise ValueError(f"this model is conditioned on {self.cond_stage_key!r}: give a condition")
             condition = torch.empty(1)
+        if isinstance(condition, str):
+            condition = [condition]
+        if isinstance(condition, Sequence) and all(isinstance(text, str) for text in condition):
+            return self._token_rows(self.encode_to_c(condition)[1], len(condition))
         condition = torch.as_tensor(condition, device=self.device)
         if condition.ndim == 0:
             condition = condition[None]
@@ -465,7 +472,7 @@ class Net2NetTransformer(pl.LightningModule):
             `inputs`, `reconstructions`, pictures of the condition where its stage can show them, `samples_half` (the
             second half drawn), `samples_nopix` (all drawn) and `samples_det` (the likeliest codes).
         """
-        x, c = (t.to(self.device) for t in self.get_xc(batch, N=4))
+        x, c = (t.to(self.device) if isinstance(t, Tensor) else t for t in self.get_xc(batch, N=4))
         quant_z, z = self.encode_to_z(x)
         quant_c, tokens = self.encode_to_c(c)
         cond, length = self._token_rows(tokens, len(x)), z.shape[1]

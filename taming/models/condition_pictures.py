@@ -1,18 +1,51 @@
-"""Pictures of what a transformer was conditioned on, for its logs."""
+"""Pictures of what a model was conditioned on, for its logs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 LAYOUTS = ("objects_bbox", "objects_center_points")
+PUBLISHED_FONT = Path("data/DejaVuSans.ttf")  # where the originals looked, relative to the working directory
+
+
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:
+    """Pictures of captions: black on white, broken into lines of 40 characters per 256 pixels.
+
+    Args:
+        wh: width and height.
+        xc: captions.
+        size: of the font, in pixels.
+
+    Returns:
+        (len(xc), 3, height, width) in [-1, 1].
+    """
+    font = (
+        ImageFont.truetype(str(PUBLISHED_FONT), size=size)
+        if PUBLISHED_FONT.is_file()
+        else ImageFont.load_default(size=size)
+    )
+    length = max(1, int(40 * (wh[0] / 256)))
+    pictures = []
+    for caption in xc:
+        page = Image.new("RGB", (wh[0], wh[1]), color="white")
+        lines = "\n".join(caption[start : start + length] for start in range(0, len(caption), length))
+        draw = ImageDraw.Draw(page)
+        draw.fontmode = "1"  # hard edges: at these sizes anti-aliased letters are grey, not black
+        draw.text((0, 0), lines, fill="black", font=font)
+        pictures.append(np.asarray(page).transpose(2, 0, 1) / 127.5 - 1.0)
+    return torch.tensor(np.stack(pictures), dtype=torch.float32)
 
 
 def condition_pictures(
-    model: Any, x: Tensor, c: Tensor, quant_c: Tensor, tokens: Tensor, module: Any
+    model: Any, x: Tensor, c: Any, quant_c: Any, tokens: Tensor, module: Any
 ) -> dict[str, Tensor]:
     """What `log_images` shows of a condition.
 
@@ -30,6 +63,8 @@ def condition_pictures(
     key, stage = model.cond_stage_key, model.cond_stage_model
     if key in LAYOUTS:
         return _layouts(key, c, tokens, x.shape[2:], module)
+    if not isinstance(c, Tensor):
+        return {"conditioning": log_txt_as_img((x.shape[3], x.shape[2]), c, size=max(10, x.shape[3] // 25))}
     if key == model.first_stage_key or key == "image" or not hasattr(stage, "decode"):
         return {}
     reconstructed = stage.decode(quant_c)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.models.base import FirstStage
+from taming.models.redraw import redraw
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.ema import LitEma
 from taming.modules.vqvae.codebook import CodebookUsage
@@ -154,6 +155,25 @@ class VQModel(FirstStage):
         """Images → reconstructions and the quantiser's loss."""
         quant, diff, _ = self.encode(input)
         return self.decode(quant), diff
+
+    def transform(
+        self, image: Tensor, condition: Any = None, strength: float = 0.8, *, transformer: Any, **options: Any
+    ) -> Tensor:
+        """Re-draw the last `strength` share of an image's codes with a transformer, and decode; see `redraw` for options and errors.
+
+        Example: `vqgan.transform(image, condition=["red heart"], strength=0.5, transformer=transformer, top_k=100)`
+
+        Args:
+            image: (b, c, h, w) in [-1, 1].
+            condition: as `Net2NetTransformer.generate` takes it.
+            strength: share of the codes to draw, in [0, 1].
+            transformer: a Net2NetTransformer over this model's codes.
+            options: of `taming.models.redraw.redraw`.
+
+        Returns:
+            Images (b, c, h, w).
+        """
+        return redraw(self, image, condition, strength, transformer, **options)
 
     # --------------------------------------------------------------------------------------------- training
 

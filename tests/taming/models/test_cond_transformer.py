@@ -266,6 +266,25 @@ def test_pictures_are_logged_for_classes_and_small_vocabularies():
     assert all(v.shape == (4, 3, 16, 16) for v in log.values())
 
 
+def test_texts_are_a_condition_like_any_other(tmp_path):
+    text = {
+        "target": "ldm.modules.encoders.tokenizers.BPETokenizer",
+        "params": {"device": "cpu", "vocab_size": 600, "max_length": 6, "offset": 12},
+    }
+    model = build(text, vocab_size=612, cond_stage_key="caption")
+    captions = ["red heart", "ghost"]
+    data = {"image": batch()["image"], "caption": captions}
+    fit(model, tmp_path, data=[{k: v[i] for k, v in data.items()} for i in (0, 1)])
+    model.eval()
+    log = model.log_images(data)
+    assert log["conditioning"].shape == (2, 3, 16, 16) and log["samples_det"].shape == (2, 3, 16, 16)
+    codes = model.sample(captions, num_steps=16, sample=False)
+    assert torch.equal(codes[:1], model.sample("red heart", num_steps=16, sample=False))
+    tokens = model.condition_tokens("ghost")
+    assert tokens.shape == (1, 6) and int(tokens.min()) >= 12  # behind the codes
+    assert not torch.equal(tokens, model.condition_tokens("red heart"))
+
+
 def test_only_tokens_that_are_codes_are_drawn():
     """The vocabulary holds 20 tokens, the codebook 12 codes: the others are classes."""
     model = build()
@@ -385,6 +404,8 @@ def test_redrawing_changes_the_last_share_of_the_codes(strength, kept):
     x, label = torch.randn(2, 3, 16, 16), torch.tensor([1, 4])
     quant, z = model.encode_to_z(x)
     out = redraw(model.first_stage_model, x, label, strength, model, sample=False)
+    short = model.first_stage_model.transform(x, label, strength, transformer=model, sample=False)
+    assert torch.equal(short, out)
     codes = model.sample(z[:, :kept], label[:, None], 16 - kept)
     torch.testing.assert_close(out, model.decode_to_img(codes, quant.shape))
 

@@ -46,11 +46,12 @@ def test_causal_attention_never_sees_a_later_token():
     assert torch.equal(before[:, :4], after[:, :4]) and not torch.allclose(before[:, 4:], after[:, 4:])
 
 
-def test_the_written_out_path_of_short_half_precision_training_agrees_with_the_fused_kernel():
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_written_out_path_of_short_half_precision_training_agrees_with_the_fused_kernel(causal):
     q, k, v = (torch.randn(2, 16, 32, dtype=torch.bfloat16) for _ in range(3))
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        fused = attention(q, k, v, heads=2)
-    written = attention(q.requires_grad_(), k, v, heads=2)
+        fused = attention(q, k, v, heads=2, causal=causal)
+    written = attention(q.requires_grad_(), k, v, heads=2, causal=causal)
     assert written.grad_fn is not None
     assert torch.allclose(written.float(), fused.float(), atol=2e-2)
 

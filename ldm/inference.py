@@ -7,6 +7,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from torchvision.utils import make_grid
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
 from ldm.models.diffusion.plms import PLMSSampler
-from taming.checkpoint import find_run, load_model_from_config
-from taming.util import atomic_path
+from taming.checkpoint import find_run, load_checkpoint, load_into, load_model_from_config, tensors_of
+from taming.util import atomic_path, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,76 @@ def load_model(
     # the checkpoint holds every part's weights, so none needs to be fetched from its own first source
     _forget_starting_points(merged.model)
     return load_model_from_config(merged, path, device), path, merged
+
+
+@dataclass
+class Run:
+    """A model with what is known of its training.
+
+    Args:
+        model: in eval mode.
+        config: merged; every `ckpt_path` in it is cleared.
+        folder: of the run.
+        global_step: at which the checkpoint was saved, 0 if it does not say.
+    """
+
+    model: Any
+    config: Any
+    folder: Path
+    global_step: int
+
+
+def load_run(
+    resume: str | None,
+    bases: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    strict: bool = False,
+    only_config: str | bool | None = None,
+    ignore_base_data: bool = False,
+) -> Run:
+    """A model from its log folder, as the scripts of taming-transformers name it.
+
+    Args:
+        resume: run folder, or a checkpoint in it; None for a model with the weights that its configuration names.
+        bases: further configurations, merged over those of the run.
+        overrides: `a.b=c`, merged last.
+        device: where the model goes.
+        strict: refuse a checkpoint whose names are not exactly the model's.
+        only_config: take this configuration and no other; True is the last of `bases`.
+        ignore_base_data: drop the `data` sections of all files, to give one by `overrides`.
+
+    Raises:
+        InferenceError: something is missing; the message says what to pass.
+    """
+    path, found = None, []
+    if resume:
+        try:
+            path, found = find_run(resume)
+        except FileNotFoundError as error:
+            raise InferenceError(f"--resume {resume}: {error}") from error
+    files = [*map(str, found), *bases]
+    if only_config:
+        files = files[-1:] if only_config is True else [str(only_config)]
+    if not files:
+        raise InferenceError("no configuration: name a run with -r logs/<run>, or a file with -b")
+    if missing := [f for f in files if not Path(f).is_file()]:
+        raise InferenceError(f"there is no configuration {missing[0]}")
+    parts: list[Any] = [OmegaConf.load(f) for f in files]
+    if ignore_base_data:
+        for part in parts:
+            part.pop("data", None)
+    config: Any = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
+    step = 0
+    if path is None:
+        return Run(load_model_from_config(config, None, device), config, Path(files[-1]).parent, step)
+    _forget_starting_points(config.model)
+    checkpoint = load_checkpoint(path)
+    step = int(checkpoint.get("global_step", 0))
+    model = instantiate_from_config(config.model)
+    load_into(model, tensors_of(checkpoint, path), source=path, strict=strict)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return Run(model.to(device).eval(), config, folder, step)
 
 
 def _forget_starting_points(node: Any) -> None:

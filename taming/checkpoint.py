@@ -126,7 +126,11 @@ def load_state_dict(
     path: str | os.PathLike[str], map_location: str | torch.device = "cpu"
 ) -> dict[str, Tensor]:
     """The weights of a checkpoint: its `state_dict` entry if it has one, else the tensors of the file itself."""
-    loaded = load_checkpoint(path, map_location)
+    return tensors_of(load_checkpoint(path, map_location), path)
+
+
+def tensors_of(loaded: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights of a checkpoint that was read from `path`."""
     state = loaded.get("state_dict", loaded)
     tensors = (
         {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}

@@ -153,7 +153,8 @@ def load_run(
     Raises:
         InferenceError: something is missing; the message says what to pass.
     """
-    path, found = None, []
+    path: Path | None = None
+    found: list[Path] = []
     if resume:
         try:
             path, found = find_run(resume)

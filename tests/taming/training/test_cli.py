@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 
 from taming.checkpoint import load_checkpoint
 from taming.training import cli
@@ -55,6 +56,47 @@ def text_config(config, tiny):
     contents.lightning.callbacks = {"image_logger": {"params": {"disabled": True}}}
     OmegaConf.save(contents, config.with_name("text.yaml"))
     return config.with_name("text.yaml")
+
+
+DISC_START = 3
+VQ = {
+    "target": "taming.models.vqgan.VQModel",
+    "params": {"n_embed": 12, "embed_dim": 4, "ema_decay": 0.9, "lossconfig": {"target": "taming.modules.losses.DummyLoss"}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def vqgan_config(config, tiny):
+    """The same pictures, for a VQGAN with an average, whose discriminator sets in after a few batches."""
+    contents = OmegaConf.load(config)
+    loss = {
+        "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+        "params": {"disc_start": DISC_START, "disc_ndf": 8, "disc_num_layers": 1, "perceptual_weight": 0.0},
+    }
+    params = {**VQ["params"], "ddconfig": {**tiny.ddconfig, "double_z": False}, "lossconfig": loss}
+    contents.model = {"base_learning_rate": 1.0e-4, "target": VQ["target"], "params": params}
+    contents.lightning.callbacks = {"image_logger": {"params": {"disabled": True}}}
+    OmegaConf.save(contents, config.with_name("vqgan.yaml"))
+    return config.with_name("vqgan.yaml")
+
+
+@pytest.fixture
+def tokens_config(config, tiny):
+    """The same pictures, for a transformer over the codes of such a VQGAN, with an average."""
+    contents = OmegaConf.load(config)
+    first_stage = {**VQ, "params": {**VQ["params"], "ddconfig": {**tiny.ddconfig, "double_z": False}}}
+    gpt = {"vocab_size": 12, "block_size": 80, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    params = {
+        "transformer_config": {"target": "taming.modules.transformer.mingpt.GPT", "params": gpt},
+        "first_stage_config": first_stage,
+        "cond_stage_config": "__is_unconditional__",
+        "use_ema": True,
+    }
+    target = "taming.models.cond_transformer.Net2NetTransformer"
+    contents.model = {"base_learning_rate": 1.0e-4, "target": target, "params": params}
+    contents.lightning.callbacks = {"image_logger": {"params": {"disabled": True}}}
+    OmegaConf.save(contents, config.with_name("tokens.yaml"))
+    return config.with_name("tokens.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +291,11 @@ def test_sigusr1_saves_a_checkpoint():
     assert saved == [True]
 
 
-@pytest.mark.parametrize("which", ["config", "text_config"], ids=["autoencoder", "text2img"])
+@pytest.mark.parametrize(
+    "which",
+    ["config", "text_config", "vqgan_config", "tokens_config"],
+    ids=["autoencoder", "text2img", "vqgan", "tokens"],
+)
 def test_a_killed_run_continues_from_its_last_checkpoint(which, request):
     """SIGKILL in the middle, then -r: counters go on, and the first process' checkpoint was whole."""
     config = request.getfixturevalue(which)
@@ -283,12 +329,33 @@ def test_a_killed_run_continues_from_its_last_checkpoint(which, request):
                 assert after == (target if name == "batch_counter" else where[name])
     if which == "text_config":
         assert saved["state_dict"]["scale_factor"] != 1
+    if which == "vqgan_config":  # the discriminator began at its batch, not at that of the resumed process
+        rested = int(torch.as_tensor(resumed["optimizer_states"][1]["state"][0]["step"]))
+        assert rested == target - DISC_START
+        assert len(resumed["recent_codes"]) > len(saved["recent_codes"])
+    if which != "config":
         updates = [int(v["state_dict"]["model_ema.num_updates"]) for v in (saved, resumed)]
         # callbacks save before the model's own hook moves the average: each save may be one update behind
         assert saved["global_step"] - updates[0] in (0, 1)
         assert target - updates[1] in (0, 1, 2)
     steps = resumed["optimizer_states"][0]["state"][0]["step"]
     assert int(torch.as_tensor(steps)) == target  # the optimizer went on, too
+
+
+def test_the_published_configuration_for_own_images_trains_on_a_list_of_them(tmp_path):
+    for i in range(4):
+        Image.new("RGB", (80 + i, 70), (60 * i, 90, 30)).save(tmp_path / f"{i}.png")
+    (tmp_path / "own.txt").write_text("\n".join(str(tmp_path / f"{i}.png") for i in range(4)))
+    small = ["model.params.ddconfig.ch=32", "model.params.ddconfig.resolution=64", "model.params.n_embed=16",
+             "model.params.lossconfig.params.perceptual_weight=0", "data.params.num_workers=0", "data.params.batch_size=2"]  # fmt: skip
+    lists = [f"data.params.{s}.params.{k}_images_list_file=own.txt" for s, k in (("train", "training"), ("validation", "test"))]  # fmt: skip
+    sizes = [f"data.params.{s}.params.size=64" for s in ("train", "validation")]
+    assert (
+        run("-b", ROOT / "configs/custom_vqgan.yaml", "-t", "--max_steps", "2", *small, *lists, *sizes) == 0
+    )
+    logdir = only_run()
+    assert list((logdir / "images" / "train").glob("reconstructions_*.png"))
+    assert load_checkpoint(logdir / "checkpoints" / "last.ckpt")["batch_counter"] == 2
 
 
 def test_data_parallel_runs_allow_weights_without_a_gradient():

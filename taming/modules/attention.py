@@ -34,20 +34,23 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1.
     """
-    q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=heads) for t in (q, k, v))
+    # not einops: drawing tokens one by one comes here with so little work that its 10 µs a call show
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (b, heads, n, d)
     bias = None
     if mask is not None:
         # a finite floor instead of -inf: a fully masked row stays a mean, never NaN
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
-    if bias is None and dropout == 0.0 and _explicit_is_faster(q, k, causal):
+    if dropout == 0.0 and _explicit_is_faster(q, k, causal):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias
         if causal:
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -torch.finfo(scores.dtype).max)
         out = scores.softmax(dim=-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
-    return rearrange(out, "b h n d -> b n (h d)")
+    return out.transpose(1, 2).flatten(2)
 
 
 def _explicit_is_faster(q: Tensor, k: Tensor, causal: bool) -> bool:

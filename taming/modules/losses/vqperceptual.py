@@ -142,5 +142,5 @@ class VQLPIPSWithDiscriminator(AdversarialLoss):
                 perplexity, used = measure_perplexity(
                     rearrange(predicted_indices, "... -> (...)"), self.n_classes
                 )
-            log |= {f"{split}/perplexity": perplexity, f"{split}/cluster_usage": used}
+            log |= {f"{split}/perplexity": perplexity, f"{split}/cluster_usage": used.float()}
         return loss, log

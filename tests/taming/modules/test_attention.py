@@ -52,6 +52,10 @@ def test_the_written_out_path_of_short_half_precision_training_agrees_with_the_f
     with torch.no_grad(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         fused = attention(q, k, v, heads=2, causal=causal)
     written = attention(q.requires_grad_(), k, v, heads=2, causal=causal)
+    masked = attention(
+        q, k, v, heads=2, mask=torch.ones(16, 16).tril() > 0 if causal else torch.ones(1, 16) > 0
+    )
+    assert torch.equal(masked, written)
     assert written.grad_fn is not None
     assert torch.allclose(written.float(), fused.float(), atol=2e-2)
 

@@ -107,9 +107,15 @@ def test_the_section_for_own_pictures_is_a_configuration(tmp_path):
     assert batch["image"].shape == (1, 64, 64, 3) and batch["caption"] == ["a red card"]
 
 
-def test_the_python_block_runs(monkeypatch):
+PYTHON = [(d, i) for d in DOCUMENTS for i in range(len(blocks(d.read_text(encoding="utf-8"), "python")))]
+
+
+@pytest.mark.parametrize(("document", "i"), PYTHON, ids=lambda v: getattr(v, "name", v))
+def test_python_blocks_run(document, i, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = blocks(README, "python")
     scope = {}
-    exec(code, scope)
-    assert type(scope["model"]).__name__ == "AutoencoderKL" and not scope["model"].training
+    exec(blocks(document.read_text(encoding="utf-8"), "python")[i], scope)
+    if document.name == "tokens.md":
+        assert scope["codes"].shape == (2, 64) and scope["changed"].shape == (2, 3, 64, 64)
+    else:
+        assert type(scope["model"]).__name__ == "AutoencoderKL" and not scope["model"].training

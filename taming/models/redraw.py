@@ -35,7 +35,7 @@ def redraw(
         strength: share of the codes to draw, in [0, 1]; 0 gives the plain reconstruction.
         transformer: a Net2NetTransformer in eval mode.
         temperature, top_k, sample: see `taming.modules.transformer.sampling.Draw`.
-        options: `top_p`, `guidance`, `generator`, `progress` of `Net2NetTransformer.sample`.
+        options: `top_p`, `guidance`, `generator`, `progress`, `compiled` of `Net2NetTransformer.sample`.
 
     Returns:
         Images (b, c, h, w).
@@ -62,6 +62,7 @@ def redraw(
             size = (batch, height, width)
             anew = (torch.arange(height * width) >= kept).reshape(height, width)
             cond = cond.reshape(size) if cond.shape == codes.shape else cond
+            options.pop("compiled", None)  # windows restart too often for a compiled step to pay
             codes = sample_windows(transformer, codes.reshape(size), cond, mask=anew, **options).flatten(1)
     return vqgan.decode_code(permuter(codes, reverse=True).reshape(batch, height, width))
 

@@ -424,7 +424,7 @@ def test_a_larger_image_is_redrawn_by_the_window():
     model = build(block_size=256)
     x = torch.randn(1, 3, 64, 68)  # 16 x 17 codes: more than the block
     quant, z = model.encode_to_z(x)
-    out = redraw(model.first_stage_model, x, 2, 0.1, model, sample=False)
+    out = redraw(model.first_stage_model, x, 2, 0.1, model, sample=False, compiled=True)
     mask = (torch.arange(272) >= 272 - 27).reshape(16, 17)
     codes = sample_windows(model, z.reshape(1, 16, 17), torch.tensor([[2]]), mask=mask, sample=False)
     torch.testing.assert_close(out, model.decode_to_img(codes.flatten(1), quant.shape))

@@ -199,6 +199,38 @@ def test_make_samples_takes_data_from_the_command_line(images, tmp_path, capsys)
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
 
 
+# --------------------------------------------------------------------------------------------------- evaluate_tokens
+
+
+def test_the_baseline_costs_what_frequencies_say():
+    module = script("evaluate_tokens")
+    train = torch.tensor([[0, 0, 0, 1]])  # with one added to each of four codes: 4, 2, 1, 1 of 8
+    assert module.unigram_bits(train, torch.tensor([0, 1, 2, 3]), 4) == pytest.approx((1 + 2 + 3 + 3) / 4)
+
+
+def test_bits_are_those_that_validation_logs(images, capsys):
+    folder, model = images
+    module = script("evaluate_tokens")
+    train = ["data.params.train.target=taming.data.emoji.EmojiImages", "data.params.train.params.size=16",
+             "data.params.train.params.repeats=3", "data.params.train.params.categories=[Activities]",
+             "data.params.validation.params.size=16"]  # fmt: skip
+    assert module.main(["-r", str(folder), "--batch_size", "2", "--device", "cpu", *train]) == 0
+    out = capsys.readouterr().out
+    validation = OmegaConf.merge(config("__is_first_stage__", "image").data, {"params": {"validation": {"params": {"size": 16}}}})  # fmt: skip
+    data = instantiate_from_config(validation)
+    data.setup()
+    dataset = data.datasets["validation"]
+    batch = {"image": torch.stack([torch.tensor(item["image"]) for item in dataset])}
+    with torch.no_grad():
+        bits = float(model.shared_step(batch, 0)) / np.log(2)
+    assert (
+        f"{bits:6.2f} bits a token" in out and f"{len(dataset)} held-out images of 16 codes out of 12" in out
+    )
+    assert f"all alike          {np.log2(12):6.2f}" in out
+    assert module.main(["-r", str(folder), "--device", "cpu"]) == 2
+    assert "has no train section" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ sample_conditional
 
 

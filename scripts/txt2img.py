@@ -101,6 +101,13 @@ def get_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, default=42, help="for reproducible pictures")
     sampling.add_argument("--fixed_code", action="store_true", help="the same starting noise for every batch")
 
+    tokens = parser.add_argument_group("sampling with a token transformer")
+    tokens.add_argument("--top_k", type=int, default=100, help="draw among so many codes; 0: all")
+    tokens.add_argument(
+        "--top_p", type=float, help="draw among the codes that reach this probability together"
+    )
+    tokens.add_argument("--temperature", type=float, default=1.0, help="below 1 safer, above more varied")
+
     size = parser.add_argument_group("size")
     size.add_argument("--H", type=int, help="height in pixels; default: the model's")
     size.add_argument("--W", type=int, help="width in pixels; default: the model's")
@@ -141,6 +148,93 @@ def fill_defaults(opt: argparse.Namespace) -> None:
             setattr(opt, key, value)
 
 
+class LatentArtist:
+    """Draws with a latent diffusion model.
+
+    Args:
+        model: conditioned on text.
+        opt: the flags.
+        device: of the model.
+
+    Raises:
+        InferenceError: a size that the first stage cannot make.
+    """
+
+    def __init__(self, model: Any, opt: argparse.Namespace, device: torch.device) -> None:
+        self.model, self.opt, self.device = model, opt, device
+        name = "plms" if opt.plms else "dpm" if opt.dpm else "ddim"
+        self.sampler = inference.SAMPLERS[name](model)
+        size, factor = inference.image_size(model)
+        factor = opt.f or factor
+        height, width, channels = opt.H or size, opt.W or size, opt.C or model.channels
+        if height % factor or width % factor:
+            raise inference.InferenceError(
+                f"--H {height} --W {width}: both must be multiples of {factor}, the factor of the first stage"
+            )
+        self.shape = (channels, height // factor, width // factor)
+        self.details = {"sampler": name, "steps": opt.steps, "eta": opt.ddim_eta, "size": f"{width}x{height}"}
+        self.start: torch.Tensor | None = None
+
+    def begin(self) -> None:
+        """Draw the starting noise that `--fixed_code` shares between batches."""
+        if self.opt.fixed_code:
+            self.start = torch.randn([self.opt.n_samples, *self.shape], device=self.device)
+
+    def draw(self, prompts: list[str]) -> torch.Tensor:
+        """Images (b, 3, h, w) in [0, 1]."""
+        opt, x_T = self.opt, None if self.start is None else self.start[: len(prompts)]
+        return inference.sample_text(
+            self.model, self.sampler, prompts, opt.steps, self.shape, opt.scale, opt.ddim_eta, x_T, opt.negative_prompt
+        )  # fmt: skip
+
+
+class TokenArtist:
+    """Draws with a token transformer, code by code.
+
+    Args:
+        model: conditioned on text.
+        opt: the flags.
+        device: of the model.
+
+    Raises:
+        InferenceError: a flag of diffusion models, or guidance for a model that was not trained for it.
+    """
+
+    def __init__(self, model: Any, opt: argparse.Namespace, device: torch.device) -> None:
+        self.model, self.opt = model, opt
+        foreign = ["plms", "dpm", "fixed_code", "negative_prompt", "H", "W", "C", "f"]
+        if given := [name for name in foreign if getattr(opt, name)]:
+            raise inference.InferenceError(
+                f"--{given[0]} is for diffusion models; this is a token transformer, which takes --top_k, --top_p, --temperature"
+            )
+        if model.null_cond is None and opt.scale != 1.0:
+            logging.info(
+                "This model was trained without dropped conditions: no guidance, --scale has no effect."
+            )
+            opt.scale = 1.0
+        encoder = model.first_stage_model.encoder
+        side = encoder.resolution // 2 ** (encoder.num_resolutions - 1)
+        self.latent = (model.first_stage_model.quantize.e_dim, side, side)
+        self.details = {
+            "sampler": "tokens", "steps": side * side, "top_k": opt.top_k, "top_p": opt.top_p, "temperature": opt.temperature,
+            "size": f"{encoder.resolution}x{encoder.resolution}",
+        }  # fmt: skip
+
+    def begin(self) -> None:
+        """There is nothing to share between batches."""
+
+    @torch.no_grad()
+    def draw(self, prompts: list[str]) -> torch.Tensor:
+        """Images (b, 3, h, w) in [0, 1]."""
+        opt, steps = self.opt, self.latent[1] * self.latent[2]
+        cond = self.model.condition_tokens(prompts)
+        codes = self.model.sample(
+            cond[:, :0], cond, steps, opt.temperature, True, opt.top_k, guidance=opt.scale, top_p=opt.top_p, progress=True
+        )  # fmt: skip
+        images = self.model.decode_to_img(codes, (len(prompts), *self.latent))
+        return ((images.float() + 1.0) / 2.0).clamp(0.0, 1.0)
+
+
 def run(opt: argparse.Namespace) -> list[Path]:
     """Load, sample, save; returns the pictures' paths."""
     fill_defaults(opt)
@@ -150,45 +244,24 @@ def run(opt: argparse.Namespace) -> list[Path]:
     device = inference.choose_device(opt.device)
     model, path, _ = inference.load_model(opt.ckpt, opt.config, device)
     inference.require_text(model)
-    sampler_name = "plms" if opt.plms else "dpm" if opt.dpm else "ddim"
-    sampler = inference.SAMPLERS[sampler_name](model)
-
-    size, factor = inference.image_size(model)
-    factor = opt.f or factor
-    height, width, channels = opt.H or size, opt.W or size, opt.C or model.channels
-    if height % factor or width % factor:
-        raise inference.InferenceError(
-            f"--H {height} --W {width}: both must be multiples of {factor}, the factor of the first stage"
-        )
-    shape = (channels, height // factor, width // factor)
+    artist = (TokenArtist if hasattr(model, "transformer") else LatentArtist)(model, opt, device)
     batches = inference.read_prompts(opt.prompt, opt.from_file, opt.n_samples, opt.repeat)
 
     outdir = Path(opt.outdir)
     (outdir / "samples").mkdir(parents=True, exist_ok=True)
     number = inference.next_number(outdir / "samples", r"(\d+)\.png")
     common = {
-        "seed": opt.seed, "sampler": sampler_name, "steps": opt.steps, "scale": opt.scale, "eta": opt.ddim_eta, "size": f"{width}x{height}",
-        "checkpoint": path.name, "checkpoint_sha256": inference.file_hash(path), "software": "latent-generative-models",
+        "seed": opt.seed, **artist.details, "scale": opt.scale, "checkpoint": path.name, "checkpoint_sha256": inference.file_hash(path),
+        "software": "latent-generative-models",
     }  # fmt: skip
     # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
     seed_everything(opt.seed, verbose=False)
-    start = torch.randn([opt.n_samples, *shape], device=device) if opt.fixed_code else None
+    artist.begin()
     saved, images = [], []
     with inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope():
         for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
             for prompts in batches:
-                x_T = start[: len(prompts)] if start is not None else None
-                made = inference.sample_text(
-                    model,
-                    sampler,
-                    prompts,
-                    opt.steps,
-                    shape,
-                    opt.scale,
-                    opt.ddim_eta,
-                    x_T,
-                    opt.negative_prompt,
-                )
+                made = artist.draw(prompts)
                 for prompt, image in zip(prompts, made, strict=True):
                     images.append(image)
                     if not opt.skip_save:

@@ -80,9 +80,9 @@ def spread(model):
     return model.eval()
 
 
-def make_run(folder, cond=CLASSES, key="class_label"):
+def make_run(folder, cond=CLASSES, key="class_label", **params):
     """A log folder as training leaves it; the first stage's own checkpoint is gone, as it may be."""
-    written = config(cond, key)
+    written = OmegaConf.merge(config(cond, key), {"model": {"params": params}})
     ready = written.copy()
     ready.model.params.first_stage_config.params.ckpt_path = None
     model = spread(instantiate_from_config(ready.model))
@@ -197,6 +197,46 @@ def test_make_samples_takes_data_from_the_command_line(images, tmp_path, capsys)
              "data.params.test.params.size=16"]  # fmt: skip
     assert script("make_samples").main([*argv, *given]) == 0
     assert len(list((tmp_path / "out").rglob("*.png"))) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- txt2img
+
+TEXT = {
+    "target": "ldm.modules.encoders.tokenizers.BPETokenizer",
+    "params": {"device": "cpu", "vocab_size": 600, "max_length": 8, "offset": 12},
+}
+
+
+def test_txt2img_draws_with_a_token_transformer_too(tmp_path, capsys):
+    vocabulary = {"transformer_config": {"params": {"vocab_size": 613}}}
+    folder, _ = make_run(tmp_path / "run", TEXT, "caption", null_cond=612, **vocabulary)
+    out = tmp_path / "out"
+    argv = ["--ckpt", str(folder), "--prompt", "red heart", "--n_samples", "2", "--outdir", str(out), "--device", "cpu", "--scale", "2", "--top_k", "5"]  # fmt: skip
+    module = script("txt2img")
+    assert module.main(argv) == 0
+    first = Image.open(out / "samples" / "00000.png")
+    assert first.size == (16, 16)
+    assert (
+        first.text["prompt"] == "red heart"
+        and first.text["sampler"] == "tokens"
+        and first.text["top_k"] == "5"
+    )
+    assert Image.open(out / "grid-0000.png").size == (2 * 18 + 2, 20)
+    assert module.main([*argv, "--outdir", str(tmp_path / "again")]) == 0
+    again = Image.open(tmp_path / "again" / "samples" / "00000.png")
+    assert np.array_equal(np.asarray(again), np.asarray(first))  # the seed decides
+    assert module.main([*argv, "--plms"]) == 2
+    assert "--plms is for diffusion models" in capsys.readouterr().err
+
+
+def test_txt2img_says_when_guidance_has_no_effect(tmp_path, caplog):
+    folder, _ = make_run(
+        tmp_path / "run", TEXT, "caption", transformer_config={"params": {"vocab_size": 612}}
+    )
+    argv = ["--ckpt", str(folder), "--prompt", "ghost", "--n_samples", "1", "--outdir", str(tmp_path / "o"), "--device", "cpu"]  # fmt: skip
+    with caplog.at_level("INFO"):
+        assert script("txt2img").main(argv) == 0
+    assert "--scale has no effect" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- evaluate_tokens

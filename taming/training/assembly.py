@@ -69,6 +69,7 @@ def make_callbacks(lightning: DictConfig, config: DictConfig, model: Any, run: R
     checkpoint = OmegaConf.merge(checkpoint, lightning.get("modelcheckpoint") or {})
     if "period" in checkpoint.params:  # Lightning 1's name
         checkpoint.params.every_n_epochs = checkpoint.params.pop("period")
+    last = _last_checkpoint(checkpoint, run)
     defaults = OmegaConf.create(
         {
             "setup_callback": {"target": "main.SetupCallback"},
@@ -78,6 +79,7 @@ def make_callbacks(lightning: DictConfig, config: DictConfig, model: Any, run: R
             "random_state": {"target": "main.RandomState"},
             "loss_curve": _default("main.LossCurve", path=os.path.join(run.logdir, "loss_curve.png")),
             "checkpoint_callback": checkpoint,
+            **({"last_checkpoint": last} if last is not None else {}),
         }
     )
     section = lightning.get("callbacks") or OmegaConf.create()
@@ -107,3 +109,15 @@ def make_callbacks(lightning: DictConfig, config: DictConfig, model: Any, run: R
         }
     )  # fmt: skip
     return [made, *(instantiate_from_config(merged[name]) for name in merged)]
+
+
+def _last_checkpoint(checkpoint: DictConfig, run: RunFolder) -> DictConfig | None:
+    """Our own keeper of `last.ckpt`, at the ranked checkpoints' rhythm, in the place of Lightning's `save_last`."""
+    params = checkpoint.params
+    ours = checkpoint.target.endswith(".ModelCheckpoint") and params.get("train_time_interval") is None
+    if not (ours and params.get("save_last")):
+        return None
+    params.save_last = False
+    rhythm = {k: params[k] for k in ("every_n_train_steps", "every_n_epochs") if params.get(k)}
+    path = os.path.join(params.dirpath, "last.ckpt")
+    return _default("taming.training.checkpointing.LastCheckpoint", path=path, **rhythm)

@@ -1,10 +1,11 @@
-"""Lightning's checkpoints through `taming.checkpoint`: read without running code, written whole or not at all."""
+"""Checkpoints of a run: through `taming.checkpoint` (no code runs, nothing is half-written), and always the latest state."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from taming.checkpoint import load_checkpoint, save_checkpoint
@@ -24,3 +25,45 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return load_checkpoint(
             path, map_location="cpu" if map_location is None or callable(map_location) else map_location
         )
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps one file at the latest state, to resume from.
+
+    Lightning's `save_last` moves its file only when a ranked checkpoint is written (2.6): a run past its best validation
+    would lose everything since then, and one whose `max_steps` lies between two saves its last steps.
+
+    Args:
+        path: the file.
+        every_n_train_steps: save every so many steps; None saves at the ends of epochs.
+        every_n_epochs: save at every so many of these.
+    """
+
+    def __init__(
+        self, path: str, every_n_train_steps: int | None = None, every_n_epochs: int | None = None
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.every_n_train_steps = every_n_train_steps
+        self.every_n_epochs = every_n_epochs or 1
+        self.saved_at = -1
+
+    def save(self, trainer: Any) -> None:
+        """Write the file, unless it holds this step already."""
+        if trainer.global_step != self.saved_at and not trainer.fast_dev_run:
+            self.saved_at = trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Save if this step is due."""
+        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save if this epoch is due."""
+        if not self.every_n_train_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save the end."""
+        self.save(trainer)

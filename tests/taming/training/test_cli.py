@@ -358,6 +358,22 @@ def test_the_published_configuration_for_own_images_trains_on_a_list_of_them(tmp
     assert load_checkpoint(logdir / "checkpoints" / "last.ckpt")["batch_counter"] == 2
 
 
+def test_last_ckpt_is_the_latest_state_past_the_best_one_and_between_two_saves(config, tmp_path):
+    (tmp_path / "worsening.py").write_text(
+        "from ldm.models.autoencoder import AutoencoderKL\n\n\nclass Worsening(AutoencoderKL):\n"
+        "    def on_validation_epoch_end(self):\n        self.log('val/worse', float(self.current_epoch))\n"
+    )
+    flags = ["model.target=worsening.Worsening", "model.params.monitor=val/worse", "lightning.modelcheckpoint.params.save_top_k=1"]  # fmt: skip
+    assert run("-b", config, "-t", "--no-test", "--max_epochs", "3", *flags) == 0
+    logdir = only_run()
+    assert sorted(p.name for p in (logdir / "checkpoints").iterdir()) == ["epoch=000000.ckpt", "last.ckpt"]
+    assert load_checkpoint(logdir / "checkpoints" / "last.ckpt")["global_step"] == 12
+    every = "lightning.modelcheckpoint.params.every_n_train_steps=3"
+    assert run("-b", config, "-t", "--no-test", "--max_steps", "7", "--max_epochs", "9", "-l", "other", every) == 0
+    (between,) = Path("other").glob("*/checkpoints/last.ckpt")
+    assert load_checkpoint(between)["global_step"] == 7
+
+
 def test_data_parallel_runs_allow_weights_without_a_gradient():
     """Lightning 1 looked for unused parameters; Lightning 2's plain `ddp` hangs at the first one."""
     for manual in (False, True):

@@ -56,7 +56,7 @@ def make_loggers(lightning: DictConfig, run: RunFolder, options: argparse.Namesp
 
 def make_callbacks(lightning: DictConfig, config: DictConfig, model: Any, run: RunFolder) -> list[Any]:
     """The published callbacks with the `callbacks` and `modelcheckpoint` sections merged over them, and ours."""
-    checkpoint = _default(
+    checkpoint: Any = _default(
         "pytorch_lightning.callbacks.ModelCheckpoint",
         dirpath=run.ckptdir,
         filename="{epoch:06}",

@@ -10,13 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.modules.encoders.clip import FrozenCLIPEmbedder
+from ldm.modules.encoders.image import (
+    CLIPEmbeddingNoiseAugmentation,
+    ClipImageEmbedder,
+    FrozenClipImageEmbedder,
+    FrozenOpenCLIPImageEmbedder,
+)
+from ldm.modules.encoders.openclip import FrozenCLIPTextEmbedder, FrozenOpenCLIPEmbedder
+from ldm.modules.encoders.t5 import FrozenCLIPT5Encoder, FrozenT5Embedder
 from ldm.modules.encoders.tokenizers import BERTTokenizer, BPETokenizer
 from ldm.modules.x_transformer import Encoder, TransformerWrapper
 from taming.modules.util import AbstractEncoder
 from taming.util import disabled_train, nearest
 
 __all__ = [
-    "AbstractEncoder", "BERTEmbedder", "BERTTokenizer", "BPETokenizer", "ClassEmbedder", "IdentityEncoder", "SpatialRescaler",
+    "AbstractEncoder", "BERTEmbedder", "BERTTokenizer", "BPETokenizer", "CLIPEmbeddingNoiseAugmentation", "ClassEmbedder",
+    "ClipImageEmbedder", "FrozenCLIPEmbedder", "FrozenCLIPT5Encoder", "FrozenCLIPTextEmbedder", "FrozenClipImageEmbedder",
+    "FrozenOpenCLIPEmbedder", "FrozenOpenCLIPImageEmbedder", "FrozenT5Embedder", "IdentityEncoder", "SpatialRescaler",
     "TransformerEmbedder", "disabled_train",
 ]  # fmt: skip
 

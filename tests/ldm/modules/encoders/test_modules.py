@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, SpatialRescaler
-from ldm.modules.encoders.tokenizers import BERTTokenizer, BPETokenizer
+from ldm.modules.encoders.tokenizers import BERTTokenizer, BPETokenizer, clip_tokenizer
 from ldm.modules.x_transformer import AttentionLayers, Encoder, TransformerWrapper
 
 
@@ -55,6 +55,29 @@ def test_the_bert_tokenizer_can_be_built_offline_and_says_what_it_lacks_when_use
     tokenizer = BERTTokenizer(version="no/such-tokenizer")
     with pytest.raises(OSError, match="tokenizer='bpe', which needs no download"):
         tokenizer("a cat")
+
+
+def test_special_tokens_in_a_prompt_are_read():
+    tokenizer = BPETokenizer(vocab_size=700, max_length=6)
+    assert tokenizer("<end_of_text>")[0].tolist() == [698, 699, 699, 699, 699, 699]
+
+
+def test_transformers_kind_of_tokenizer_gives_the_same_ids_offline():
+    for size in (600, 49408):
+        ours, hub = BPETokenizer(vocab_size=size, max_length=30), clip_tokenizer(size)
+        for text in ("a photo of a cat", "naïve café ☕ 東京", "it's   3.14 !", ""):
+            ids = hub(text, padding="max_length", max_length=30)["input_ids"]
+            assert ours(text)[0].tolist() == ids
+            assert hub.decode(ids, skip_special_tokens=True) == ours.words(ids)
+
+
+def test_berts_tokenizer_reads_a_folder_and_names_what_it_cuts(tmp_path, caplog):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    tokenizer = BERTTokenizer(version=str(tmp_path), max_length=4)
+    assert tokenizer(["A cat", "a cat a dog"]).tolist() == [[2, 5, 6, 3], [2, 5, 6, 3]]
+    assert "cut after 4 tokens; without effect: 'a dog'" in caplog.text
 
 
 def test_the_text_encoder_trains_and_reads_strings():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.sampler import LatentSampler
+from ldm.models.diffusion.sampler import LatentSampler, one_run
+from ldm.models.diffusion.sampling_util import FiniteWatch, Noise, draw, sources
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 
 
@@ -47,7 +48,8 @@ class DDIMSampler(LatentSampler):
         unconditional_conditioning: Any = None,
         dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, list[Tensor]]]:
         """Sample on a schedule made before.
 
@@ -71,7 +73,7 @@ class DDIMSampler(LatentSampler):
             use_original_steps=ddim_use_original_steps, quantize_denoised=quantize_denoised, temperature=temperature,
             noise_dropout=noise_dropout, score_corrector=score_corrector, corrector_kwargs=corrector_kwargs,
             unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=unconditional_conditioning,
-            dynamic_threshold=dynamic_threshold,
+            dynamic_threshold=dynamic_threshold, guidance_rescale=guidance_rescale,
         )  # fmt: skip
 
     def step(
@@ -97,7 +99,8 @@ class DDIMSampler(LatentSampler):
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Any = None,
         dynamic_threshold: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """One step of equation 12.
 
@@ -117,19 +120,9 @@ class DDIMSampler(LatentSampler):
         """
         if dynamic_threshold is not None:
             raise NotImplementedError("DDIM has no dynamic thresholding")
-        out, eps = self.predict(
-            x,
-            t,
-            c,
-            unconditional_guidance_scale,
-            unconditional_conditioning,
-            score_corrector,
-            corrector_kwargs,
-        )
-        # a v model's own buffers give x_0 a little more exactly than ε does
-        pred_x0 = (
-            self.model.predict_start_from_z_and_v(x, t, out) if self.model.parameterization == "v" else None
-        )
+        eps, pred_x0 = self.predict(
+            x, t, c, unconditional_guidance_scale, unconditional_conditioning, score_corrector, corrector_kwargs, guidance_rescale
+        )  # fmt: skip
         return self.transfer(
             x, eps, index, pred_x0=pred_x0, use_original_steps=use_original_steps, quantize_denoised=quantize_denoised,
             temperature=temperature, noise_dropout=noise_dropout, repeat_noise=repeat_noise, generator=generator,
@@ -139,19 +132,33 @@ class DDIMSampler(LatentSampler):
 
     @torch.no_grad()
     def stochastic_encode(
-        self, x0: Tensor, t: Tensor, use_original_steps: bool = False, noise: Tensor | None = None
+        self,
+        x0: Tensor,
+        t: Tensor,
+        use_original_steps: bool = False,
+        noise: Tensor | None = None,
+        generator: Noise = None,
     ) -> Tensor:
-        """Noise latents up to steps t (b,), counted among the visited ones (or all, with `use_original_steps`)."""
+        """Noise latents up to steps t (b,), counted among the visited ones (or all, with `use_original_steps`).
+
+        Args:
+            x0: latents (b, c, h, w).
+            t: steps; beyond the last is the last.
+            use_original_steps: count all training steps.
+            noise: drawn if None.
+            generator: its source, see `sample`.
+        """
         if use_original_steps:
             scale, spread = self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod
         else:
             scale = torch.as_tensor(self.ddim_alphas, device=x0.device).sqrt().float()
             spread = torch.as_tensor(self.ddim_sqrt_one_minus_alphas, device=x0.device).float()
         t = t.clamp(max=len(scale) - 1)  # full strength: the last step of the table is as far as it goes
-        noise = torch.randn_like(x0) if noise is None else noise
+        noise = draw(x0.shape, x0.device, sources(generator, len(x0))) if noise is None else noise
         return extract_into_tensor(scale, t, x0.shape) * x0 + extract_into_tensor(spread, t, x0.shape) * noise
 
     @torch.no_grad()
+    @one_run
     def decode(
         self,
         x_latent: Tensor,
@@ -161,24 +168,29 @@ class DDIMSampler(LatentSampler):
         unconditional_conditioning: Any = None,
         use_original_steps: bool = False,
         callback: Callable[[int], Any] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
         verbose: bool = True,
+        guidance_rescale: float = 0.0,
     ) -> Tensor:
-        """Denoise latents over the first `t_start` visited steps, backwards."""
+        """Denoise latents over the first `t_start` visited steps, backwards; the other arguments are those of `sample`."""
         timesteps = (np.arange(self.ddpm_num_timesteps) if use_original_steps else self.ddim_timesteps)[
             :t_start
         ]
-        x = x_latent
+        x, source, watch = x_latent, sources(generator, len(x_latent)), FiniteWatch(len(timesteps))
         for i, index, t in self.walk(timesteps, len(x), verbose, desc="Decoding image"):
             x, _ = self.p_sample_ddim(
-                x, cond, t, index=index, use_original_steps=use_original_steps, generator=generator,
+                x, cond, t, index=index, use_original_steps=use_original_steps, generator=source,
                 unconditional_guidance_scale=unconditional_guidance_scale, unconditional_conditioning=unconditional_conditioning,
+                guidance_rescale=guidance_rescale,
             )  # fmt: skip
+            watch.see(i, x)
             if callback:
                 callback(i)
+        watch.close()
         return x
 
     @torch.no_grad()
+    @one_run
     def encode(
         self,
         x0: Tensor,
@@ -190,6 +202,7 @@ class DDIMSampler(LatentSampler):
         unconditional_conditioning: Any = None,
         callback: Callable[[int], Any] | None = None,
         verbose: bool = True,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Invert the deterministic sampler: from latents to the noise that gives them.
 
@@ -202,7 +215,7 @@ class DDIMSampler(LatentSampler):
             t_enc: number of steps.
             use_original_steps: count all training steps instead of the visited ones.
             return_intermediates: keep about so many latents on the way.
-            unconditional_guidance_scale, unconditional_conditioning: see `sample`.
+            unconditional_guidance_scale, unconditional_conditioning, guidance_rescale: see `sample`.
             callback: called with the number of the step.
             verbose: show progress.
 
@@ -217,25 +230,31 @@ class DDIMSampler(LatentSampler):
         total = self.ddpm_num_timesteps if use_original_steps else self.ddim_timesteps.shape[0]
         if t_enc > total:
             raise AssertionError(f"t_enc={t_enc} steps of inversion, but the schedule has {total}")
-        if use_original_steps:
-            after, before = self.alphas_cumprod[:t_enc], self.alphas_cumprod_prev[:t_enc]
-        else:
-            after, before = (torch.as_tensor(a)[:t_enc] for a in (self.ddim_alphas, self.ddim_alphas_prev))
-        x, kept, steps = x0, [], []
+        x, kept, steps, watch = x0, [], [], FiniteWatch(t_enc)
         for i in tqdm(range(t_enc), desc="Encoding Image", disable=not verbose):
             time = (
                 i if use_original_steps or self.model.parameterization != "v" else int(self.ddim_timesteps[i])
             )
             t = torch.full((len(x0),), time, device=x0.device, dtype=torch.long)
-            _, eps = self.predict(x, t, c, unconditional_guidance_scale, unconditional_conditioning)
-            a, a_prev = float(after[i]), float(before[i])
-            x = (a / a_prev) ** 0.5 * x + a**0.5 * ((1 / a - 1) ** 0.5 - (1 / a_prev - 1) ** 0.5) * eps
+            eps, _ = self.predict(
+                x,
+                t,
+                c,
+                unconditional_guidance_scale,
+                unconditional_conditioning,
+                guidance_rescale=guidance_rescale,
+            )
+            a, a_prev, _, spread = self._at(i, use_original_steps)
+            signal = (a / a_prev) ** 0.5
+            x = signal * x + (spread - signal * (1 - a_prev) ** 0.5) * eps
+            watch.see(i, x)
             every = return_intermediates and t_enc // return_intermediates
             if every and ((i % every == 0 and i < t_enc - 1) or i >= t_enc - 2):
                 kept.append(x)
                 steps.append(i)
             if callback:
                 callback(i)
+        watch.close()
         out: dict[str, Any] = {"x_encoded": x, "intermediate_steps": steps}
         if return_intermediates:
             out["intermediates"] = kept

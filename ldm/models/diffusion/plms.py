@@ -45,7 +45,7 @@ class PLMSSampler(LatentSampler):
             raise ValueError("ddim_eta must be 0 for PLMS: it is deterministic")
         super().make_schedule(ddim_num_steps, ddim_discretize, ddim_eta, verbose)
 
-    def _run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    def _run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         self._history: list[Tensor] = []
         return super()._run(*args, **kwargs)
 
@@ -96,7 +96,8 @@ class PLMSSampler(LatentSampler):
         old_eps: Sequence[Tensor] | None = None,
         t_next: Tensor | None = None,
         dynamic_threshold: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
+        guidance_rescale: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One step.
 
@@ -115,34 +116,34 @@ class PLMSSampler(LatentSampler):
             Latents at the step before, the estimate of x_0, and this step's prediction of ε.
         """
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
+        def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             return self.predict(
-                x,
-                t,
-                c,
-                unconditional_guidance_scale,
-                unconditional_conditioning,
-                score_corrector,
-                corrector_kwargs,
-            )[1]
+                x, t, c, unconditional_guidance_scale, unconditional_conditioning, score_corrector, corrector_kwargs, guidance_rescale
+            )  # fmt: skip
 
-        def move(eps: Tensor) -> tuple[Tensor, Tensor]:
-            pred_x0 = None
+        def move(eps: Tensor, pred_x0: Tensor | None = None) -> tuple[Tensor, Tensor]:
             if dynamic_threshold is not None:
-                a, _, _, sqrt_one_minus_a = self._at(index, x, use_original_steps)
-                pred_x0 = norm_thresholding((x - sqrt_one_minus_a * eps) / a.sqrt(), dynamic_threshold)
+                if pred_x0 is None:
+                    pred_x0 = (x - sqrt_one_minus_a * eps) / a**0.5
+                pred_x0 = norm_thresholding(pred_x0, dynamic_threshold)
             return self.transfer(
                 x, eps, index, pred_x0=pred_x0, use_original_steps=use_original_steps, quantize_denoised=quantize_denoised,
                 temperature=temperature, noise_dropout=noise_dropout, repeat_noise=repeat_noise, generator=generator,
             )  # fmt: skip
 
-        eps = predict(x, t)
+        a, _, _, sqrt_one_minus_a = self._at(index, use_original_steps)
+        eps, start = predict(x, t)
+        if (
+            a == 0
+        ):  # zero terminal SNR: x is all noise, ε is known and only the model's own x_0 says where to go
+            return (*move(eps, start), eps)
         if old_eps:
             history = [eps, *reversed(list(old_eps)[-3:])]
-            weights = ADAMS_BASHFORTH[len(history)]
-            slope = torch.stack([w * e for w, e in zip(weights, history, strict=True)]).sum(dim=0)
+            slope = ADAMS_BASHFORTH[len(history)][0] * eps
+            for weight, earlier in zip(ADAMS_BASHFORTH[len(history)][1:], history[1:], strict=True):
+                slope = slope.add(earlier, alpha=weight)
         else:
             ahead, _ = move(eps)
-            slope = (eps + predict(ahead, t if t_next is None else t_next)) / 2
+            slope = (eps + predict(ahead, t if t_next is None else t_next)[0]) / 2
         x_prev, pred_x0 = move(slope)
         return x_prev, pred_x0, eps

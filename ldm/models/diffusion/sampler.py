@@ -1,13 +1,15 @@
-"""What the samplers over a discrete schedule share: buffers, guidance, masks, progress, intermediates.
+"""What the samplers share: steps, guidance, masks, noise of each image's own, callbacks, progress, intermediates.
 
-A sampler is this base and an update rule (`step`): see `ddim.py`.
+A sampler is this base and an update rule (`step`): see `ddim.py`. A solver in continuous time is `SolverSampler` and a rule: see
+`unipc.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.modules.diffusionmodules.util import make_ddim_sampling_parameters, make_ddim_timesteps, noise_like
+from ldm.models.diffusion.sampling_util import (
+    FiniteWatch,
+    Noise,
+    draw,
+    require_signal,
+    rescale_guided,
+    sources,
+    trailing_timesteps,
+)
+from ldm.modules.diffusionmodules.util import (
+    extract_into_tensor,
+    make_ddim_sampling_parameters,
+    make_ddim_timesteps,
+)
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 MODEL_BUFFERS = ("betas", "alphas_cumprod", "alphas_cumprod_prev")
 
 
@@ -53,6 +70,21 @@ def batch_of(cond: Any) -> int | None:
     return len(cond) if isinstance(cond, Tensor) else None
 
 
+def one_run(method: Callable[P, R]) -> Callable[P, R]:
+    """A sampler's method in which conditions are joined once; single calls of `guided` join them anew."""
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        sampler: Any = args[0]
+        sampler._joined = ()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            sampler._joined = None
+
+    return run
+
+
 class LatentSampler:
     """Base of the samplers that walk down a model's discrete schedule.
 
@@ -60,8 +92,10 @@ class LatentSampler:
         model: a model with the buffers of `GaussianSchedule`, `apply_model` and `num_timesteps`.
         schedule: accepted, as published.
         device: where to compute; the model's own if None.
+        x0_as_eps: take a prediction of x_0 for one of ε, as published; False converts it.
     """
 
+    knows_flow = False  # whether the update rule is right for `parameterization: flow`
     ddim_timesteps: np.ndarray
     ddim_sigmas: Any
     ddim_alphas: Any
@@ -73,8 +107,21 @@ class LatentSampler:
     alphas_cumprod_prev: Tensor
     ddim_sigmas_for_original_num_steps: Tensor
 
-    def __init__(self, model: Any, schedule: str = "linear", device: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        schedule: str = "linear",
+        device: Any = None,
+        x0_as_eps: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not self.knows_flow and getattr(model, "parameterization", None) == "flow":
+            raise ValueError(
+                f"{type(self).__name__} does not sample rectified flows; use FlowSampler (ldm.models.diffusion.flow)"
+            )
         self.model = model
+        self.x0_as_eps = x0_as_eps
+        self._joined: tuple[Any, ...] | None = None
         self.ddpm_num_timesteps = model.num_timesteps
         self.schedule = schedule
         self.device = torch.device(device) if device is not None else model.betas.device
@@ -94,15 +141,25 @@ class LatentSampler:
 
         Args:
             ddim_num_steps: from 1 to the number of training steps; "uniform" may visit a few more.
-            ddim_discretize: "uniform" or "quad".
+            ddim_discretize: "uniform", "quad", or "trailing" (see `trailing_timesteps`).
             ddim_eta: 0 for deterministic sampling, 1 for the noise of DDPM.
             verbose: accepted, as published.
+
+        Raises:
+            ValueError: another number of steps, or a schedule of zero terminal SNR for a model that predicts ε.
         """
         total = self.ddpm_num_timesteps
-        steps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=False)
+        if ddim_discretize == "trailing":
+            steps = trailing_timesteps(ddim_num_steps, total)
+        else:
+            steps = make_ddim_timesteps(ddim_discretize, ddim_num_steps, total, verbose=False)
         # shifted by one, the last step may lie one beyond the schedule
         self.ddim_timesteps = np.minimum(steps, total - 1)
         bar = self.model.alphas_cumprod.detach().cpu().float()
+        as_eps = self.model.parameterization == "x0" and self.x0_as_eps
+        require_signal(
+            "eps" if as_eps else self.model.parameterization, float(bar[int(self.ddim_timesteps[-1])])
+        )
         for name in MODEL_BUFFERS:
             self.register_buffer(name, getattr(self.model, name).detach().clone().float())
         derived = {
@@ -125,24 +182,54 @@ class LatentSampler:
         derived["ddim_sigmas_for_original_num_steps"] = (
             ddim_eta * ((1 - before) / (1 - bar) * (1 - bar / before)).sqrt()
         )
+        visited = (alphas, alphas_prev, sigmas, derived["ddim_sqrt_one_minus_alphas"])
+        every = (
+            bar,
+            before,
+            derived["ddim_sigmas_for_original_num_steps"],
+            derived["sqrt_one_minus_alphas_cumprod"],
+        )
+        # numbers, not tensors, multiply the latents: reading one back from a GPU would wait for it
+        self._visited, self._every = (
+            [np.asarray(v, dtype=np.float64).tolist() for v in table] for table in (visited, every)
+        )
         for name, value in derived.items():
             self.register_buffer(name, value)
 
     # ----------------------------------------------------------------------------------- prediction
 
-    def guided(self, x: Tensor, t: Tensor, c: Any, scale: float, uncond: Any) -> Tensor:
+    def guided(
+        self, x: Tensor, t: Tensor, c: Any, scale: float, uncond: Any, guidance_rescale: float = 0.0
+    ) -> Tensor:
         """The model's prediction, with classifier-free guidance if there is something to guide away from.
 
         Both predictions come from one batch, the unconditional half first: ê = e_u + s (e_c - e_u).
 
-        Source: Ho & Salimans 2022, equation 6.
+        Args:
+            x: latents (b, c, h, w).
+            t: times (b,).
+            c: the condition.
+            scale: s; 1 is no guidance.
+            uncond: the condition to guide away from, of the same structure; None is no guidance.
+            guidance_rescale: how much of the contrast that guidance adds to take away again, from 0 to 1.
+
+        Source: Ho & Salimans 2022, equation 6; Lin et al. 2023, equations 15 and 16.
         """
         if uncond is None or scale == 1.0:
             return self.model.apply_model(x, t, c)
-        e_uncond, e_cond = self.model.apply_model(
-            torch.cat([x, x]), torch.cat([t, t]), concatenate(uncond, c)
-        ).chunk(2)
-        return e_uncond + scale * (e_cond - e_uncond)
+        both = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self._join(uncond, c))
+        e_uncond, e_cond = both.chunk(2)
+        out = e_uncond + scale * (e_cond - e_uncond)
+        return rescale_guided(out, e_cond, guidance_rescale) if guidance_rescale else out
+
+    def _join(self, uncond: Any, c: Any) -> Any:
+        """Both conditions as one batch; the same object at every step of a run, so that what follows from it can be kept."""
+        if self._joined and self._joined[0] is uncond and self._joined[1] is c:
+            return self._joined[2]
+        both = concatenate(uncond, c)
+        if self._joined is not None:
+            self._joined = uncond, c, both
+        return both
 
     def predict(
         self,
@@ -153,17 +240,27 @@ class LatentSampler:
         uncond: Any,
         score_corrector: Any = None,
         corrector_kwargs: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The guided prediction, as it is and as ε. (Models that predict x_0 are taken for ε models, as published.)"""
-        out = self.guided(x, t, c, scale, uncond)
-        eps = self.model.predict_eps_from_z_and_v(x, t, out) if self.model.parameterization == "v" else out
+        guidance_rescale: float = 0.0,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction as ε, and the estimate of x_0 where the model gives it more exactly than ε does."""
+        model = self.model
+        out = self.guided(x, t, c, scale, uncond, guidance_rescale)
         if score_corrector is not None:
-            if self.model.parameterization != "eps":
-                raise AssertionError(
-                    "score correctors work on noise predictions (parameterization='eps') only"
-                )
-            eps = score_corrector.modify_score(self.model, eps, x, t, c, **(corrector_kwargs or {}))
-        return out, eps
+            return self._modified(score_corrector, out, x, t, c, corrector_kwargs), None
+        if model.parameterization == "v":
+            return model.predict_eps_from_z_and_v(x, t, out), model.predict_start_from_z_and_v(x, t, out)
+        if model.parameterization == "x0" and not self.x0_as_eps:
+            signal, noise = (
+                extract_into_tensor(a, t, x.shape)
+                for a in (model.sqrt_alphas_cumprod, model.sqrt_one_minus_alphas_cumprod)
+            )
+            return (x - signal * out) / noise, out
+        return out, None
+
+    def _modified(self, corrector: Any, eps: Tensor, x: Tensor, t: Tensor, c: Any, kwargs: Any) -> Tensor:
+        if self.model.parameterization != "eps":
+            raise AssertionError("score correctors work on noise predictions (parameterization='eps') only")
+        return corrector.modify_score(self.model, eps, x, t, c, **(kwargs or {}))
 
     def transfer(
         self,
@@ -176,7 +273,7 @@ class LatentSampler:
         temperature: float = 1.0,
         noise_dropout: float = 0.0,
         repeat_noise: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Any = None,
     ) -> tuple[Tensor, Tensor]:
         """From a visited step to the one before it, along a given ε.
 
@@ -191,35 +288,21 @@ class LatentSampler:
 
         Source: Song et al. 2021 (DDIM), equation 12.
         """
-        a, a_prev, sigma, sqrt_one_minus_a = self._at(index, x, use_original_steps)
+        a, a_prev, sigma, sqrt_one_minus_a = self._at(index, use_original_steps)
         if pred_x0 is None:
-            pred_x0 = (x - sqrt_one_minus_a * eps) / a.sqrt()
+            pred_x0 = (x - sqrt_one_minus_a * eps) / a**0.5
         if quantize_denoised:
             pred_x0, *_ = self.model.first_stage_model.quantize(pred_x0)
-        direction = (1.0 - a_prev - sigma**2).sqrt() * eps
+        x_prev = a_prev**0.5 * pred_x0 + max(1.0 - a_prev - sigma**2, 0.0) ** 0.5 * eps
         # the noise is drawn even where σ = 0: the random stream is part of "same seed, same image"
-        noise = sigma * noise_like(x.shape, x.device, repeat_noise, generator) * temperature
+        noise = draw(x.shape, x.device, generator, repeat_noise)
         if noise_dropout > 0.0:
             noise = F.dropout(noise, p=noise_dropout)
-        return a_prev.sqrt() * pred_x0 + direction + noise, pred_x0
+        return x_prev + (sigma * temperature) * noise if sigma else x_prev, pred_x0
 
-    def _at(self, index: int, x: Tensor, original: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """ᾱ, ᾱ of the step before, σ and √(1 - ᾱ), ready to multiply x."""
-        if original:
-            tables: tuple[Any, ...] = (
-                self.alphas_cumprod, self.alphas_cumprod_prev, self.ddim_sigmas_for_original_num_steps, self.sqrt_one_minus_alphas_cumprod,
-            )  # fmt: skip
-        else:
-            tables = (
-                self.ddim_alphas,
-                self.ddim_alphas_prev,
-                self.ddim_sigmas,
-                self.ddim_sqrt_one_minus_alphas,
-            )
-        shape = (x.shape[0], *((1,) * (x.ndim - 1)))
-        a, a_prev, sigma, sqrt_one_minus_a = (
-            torch.full(shape, float(v[index]), device=x.device) for v in tables
-        )
+    def _at(self, index: int, original: bool) -> tuple[float, float, float, float]:
+        """ᾱ, ᾱ of the step before, σ and √(1 - ᾱ)."""
+        a, a_prev, sigma, sqrt_one_minus_a = (v[index] for v in (self._every if original else self._visited))
         return a, a_prev, sigma, sqrt_one_minus_a
 
     # ----------------------------------------------------------------------------------------- loop
@@ -249,9 +332,11 @@ class LatentSampler:
         unconditional_conditioning: Any = None,
         dynamic_threshold: float | None = None,
         ucg_schedule: Sequence[float] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
+        guidance_rescale: float = 0.0,
+        time_spacing: str = "uniform",
         **ignored: Any,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> tuple[Tensor, Any]:
         """Draw latents.
 
         Args:
@@ -267,7 +352,7 @@ class LatentSampler:
             mask: (b, 1, h, w), 1 where `x0` is to be kept.
             x0: latents for the mask.
             temperature: of the noise.
-            noise_dropout: share of the noise to drop.
+            noise_dropout: share of the noise to drop, chosen by torch's global generator.
             score_corrector, corrector_kwargs: changes the prediction, see `predict`.
             verbose: show progress.
             x_T: latents to start from.
@@ -275,23 +360,31 @@ class LatentSampler:
             unconditional_guidance_scale, unconditional_conditioning: see `guided`.
             dynamic_threshold: bound for estimates of x_0, where the sampler has one.
             ucg_schedule: a guidance scale for each step, in sampling order.
-            generator: source of all noise; torch's global one if None.
+            generator: source of all noise; torch's global one if None. A list of generators or seeds gives each image its own
+                noise, whatever else is in the batch.
+            guidance_rescale: see `guided`; Lin et al. 2023 use 0.7.
+            time_spacing: which steps to visit, see `make_schedule`; "trailing" begins with the last training step.
 
         Returns:
             Latents (batch_size, c, h, w), and `x_inter` and `pred_x0`: lists of intermediates that begin with x_T.
+
+        Raises:
+            FloatingPointError: the latents became infinite or undefined; names the step.
         """
         found = batch_of(conditioning)
         if found is not None and found != batch_size:
             logger.warning("%d conditionings for batch_size=%d", found, batch_size)
-        self.make_schedule(S, ddim_eta=eta, verbose=verbose)
+        self.make_schedule(S, ddim_discretize=time_spacing, ddim_eta=eta, verbose=verbose)
         return self._run(
             conditioning, (batch_size, *shape), x_T=x_T, timesteps=self.ddim_timesteps, callback=callback, img_callback=img_callback,
             mask=mask, x0=x0, log_every_t=log_every_t, ucg_schedule=ucg_schedule, verbose=verbose, generator=generator,
             quantize_denoised=quantize_x0, temperature=temperature, noise_dropout=noise_dropout, score_corrector=score_corrector,
             corrector_kwargs=corrector_kwargs, unconditional_guidance_scale=unconditional_guidance_scale,
             unconditional_conditioning=unconditional_conditioning, dynamic_threshold=dynamic_threshold,
+            guidance_rescale=guidance_rescale,
         )  # fmt: skip
 
+    @one_run
     def _run(
         self,
         cond: Any,
@@ -306,26 +399,26 @@ class LatentSampler:
         log_every_t: int,
         ucg_schedule: Sequence[float] | None,
         verbose: bool,
-        generator: torch.Generator | None = None,
+        generator: Noise = None,
         **options: Any,
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    ) -> tuple[Tensor, Any]:
         """Walk down `timesteps`, ascending as given, one update after the other."""
-        img = noise_like(shape, self.device, generator=generator) if x_T is None else x_T.to(self.device)
+        source = sources(generator, shape[0])
+        img = draw(shape, self.device, source) if x_T is None else x_T.to(self.device)
         kept: dict[str, list[Tensor]] = {"x_inter": [img], "pred_x0": [img]}
         total = len(timesteps)
         if ucg_schedule is not None and len(ucg_schedule) != total:
             raise AssertionError(f"ucg_schedule has {len(ucg_schedule)} scales for {total} steps")
         if mask is not None and x0 is None:
             raise AssertionError("a mask needs x0, the latents to keep")
-        known: Any = x0
+        watch = FiniteWatch(total)
         for i, index, t in self.walk(timesteps, shape[0], verbose):
             if mask is not None:
-                noise = noise_like(known.shape, known.device, generator=generator)
-                noised = self.model.q_sample(known, t, noise=noise)
-                img = noised * mask + (1.0 - mask) * img
+                img = self._blend(img, x0, mask, t, i, source)
             if ucg_schedule is not None:
                 options["unconditional_guidance_scale"] = ucg_schedule[i]
-            img, pred_x0 = self.step(img, cond, t, index, i, timesteps, generator=generator, **options)
+            img, pred_x0 = self.step(img, cond, t, index, i, timesteps, generator=source, **options)
+            watch.see(i, img)
             if callback:
                 callback(i)
             if img_callback:
@@ -333,7 +426,17 @@ class LatentSampler:
             if index % log_every_t == 0 or index == total - 1:
                 kept["x_inter"].append(img)
                 kept["pred_x0"].append(pred_x0)
+        watch.close()
         return img, kept
+
+    def _blend(self, img: Tensor, known: Any, mask: Tensor, t: Tensor, i: int, source: Any) -> Tensor:
+        """Latents whose masked part is the known one, noised to step i."""
+        noise = draw(known.shape, known.device, source)
+        return self.noised(known, t, i, noise) * mask + (1.0 - mask) * img
+
+    def noised(self, x0: Tensor, t: Tensor, i: int, noise: Tensor) -> Tensor:
+        """x_0 with the noise of time t (b,), the i-th visited one."""
+        return self.model.q_sample(x0, t, noise=noise)
 
     def walk(
         self, timesteps: Any, batch_size: int, verbose: bool = True, desc: str | None = None
@@ -346,13 +449,13 @@ class LatentSampler:
             total=total,
             disable=not verbose,
         )
+        dtype = (
+            torch.float32 if isinstance(timesteps[0], float) else torch.long
+        )  # solvers visit times between steps
         for i in bar:
             index = total - 1 - i
-            yield (
-                i,
-                index,
-                torch.full((batch_size,), int(timesteps[index]), device=self.device, dtype=torch.long),
-            )
+            time = timesteps[index] if dtype == torch.float32 else int(timesteps[index])
+            yield i, index, torch.full((batch_size,), time, device=self.device, dtype=dtype)
 
     def step(
         self, x: Tensor, c: Any, t: Tensor, index: int, i: int, timesteps: np.ndarray, **options: Any

@@ -1,11 +1,6 @@
 """DPM-Solver (Lu et al. 2022a) and DPM-Solver++ (2022b), single-step, multistep and adaptive, of orders 1 to 3.
 
-Both expand the exact solution of the probability-flow equation in λ = log(α/σ). With k = 1 for noise prediction and
-k = -1 for data prediction, m the prediction and D₁, D₂ its first two derivatives in λ over a step h, both read
-
-    x_t = base · x_s - c_t (φ₁ m + k φ₂ D₁ + φ₃ D₂),     φ₁ = e^{kh} - 1,  φ₂ = φ₁ / h - k,  φ₃ = φ₂ / h - 1/2
-
-where base = α_t / α_s and c_t = σ_t for noise, base = σ_t / σ_s and c_t = α_t for data. So one code serves both.
+The formulas are those of `multistep.py`, where m is the prediction and D₁, D₂ its derivatives over the step.
 """
 
 from __future__ import annotations
@@ -16,13 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ldm.models.diffusion.dpm_solver.multistep import (
+    FEW_STEPS,
+    SOLVER_TYPES,
+    DPMRule,
+    Multistep,
+    multistep_weights,
+    phi_functions,
+    second_order_weight,
+)
 from ldm.models.diffusion.dpm_solver.schedule import NoiseScheduleVP, interpolate_fn, model_wrapper
 from ldm.models.diffusion.sampling_util import append_dims as expand_dims
 
 __all__ = ["DPM_Solver", "NoiseScheduleVP", "expand_dims", "interpolate_fn", "model_wrapper"]
 
-SOLVER_TYPES = ("dpm_solver", "taylor")
 THRESHOLD_QUANTILE = 0.995  # Saharia et al. 2022 (Imagen), section 2.3
+
+
+def axes_like(v: Tensor, x: Tensor) -> Tensor:
+    """A number of each sample, with axes to multiply x; one without axes is for all, and may stay on the CPU."""
+    return v if v.ndim == 0 else expand_dims(v, x.ndim)
 
 
 class DPM_Solver:
@@ -61,8 +69,7 @@ class DPM_Solver:
         """The estimate of x_0 at times (1,) or (b,), thresholded if so configured."""
         noise = self.noise_prediction_fn(x, t)
         alpha, sigma = (
-            expand_dims(f(t), x.ndim)
-            for f in (self.noise_schedule.marginal_alpha, self.noise_schedule.marginal_std)
+            axes_like(f(t), x) for f in (self.noise_schedule.marginal_alpha, self.noise_schedule.marginal_std)
         )
         x0 = (x - sigma * noise) / alpha
         if self.thresholding:
@@ -82,26 +89,8 @@ class DPM_Solver:
     # ---------------------------------------------------------------------------------------- times
 
     def get_time_steps(self, skip_type: str, t_T: Any, t_0: Any, N: int, device: Any) -> Tensor:
-        """N + 1 times from t_T down to t_0, evenly spaced in log SNR, in time, or in the root of time.
-
-        Raises:
-            ValueError: unknown spacing.
-        """
-        if skip_type == "logSNR":
-            ends = [
-                self.noise_schedule.marginal_lambda(torch.as_tensor(t).reshape(1).to(device))
-                for t in (t_T, t_0)
-            ]
-            return self.noise_schedule.inverse_lambda(
-                torch.linspace(float(ends[0]), float(ends[1]), N + 1, device=device)
-            )
-        if skip_type == "time_uniform":
-            return torch.linspace(float(t_T), float(t_0), N + 1, device=device)
-        if skip_type == "time_quadratic":
-            return torch.linspace(float(t_T) ** 0.5, float(t_0) ** 0.5, N + 1, device=device) ** 2
-        raise ValueError(
-            f"skip_type={skip_type!r} is unknown; choose 'logSNR', 'time_uniform' or 'time_quadratic'"
-        )
+        """N + 1 times from t_T down to t_0, see `NoiseScheduleVP.time_steps`."""
+        return self.noise_schedule.time_steps(skip_type, float(t_T), float(t_0), N, device)
 
     def get_orders_and_timesteps_for_singlestep_solver(
         self, steps: int, order: int, skip_type: str, t_T: Any, t_0: Any, device: Any
@@ -132,18 +121,10 @@ class DPM_Solver:
                 ns.marginal_std(t),
             )
         h = ns.marginal_lambda(t) - ns.marginal_lambda(s)
-        return expand_dims(ratio, x.ndim) * x, expand_dims(c, x.ndim), expand_dims(h, x.ndim)
+        return axes_like(ratio, x) * x, axes_like(c, x), axes_like(h, x)
 
     def _phi(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        phi_1 = torch.expm1(self._k * h)
-        phi_2 = phi_1 / h - self._k
-        return phi_1, phi_2, phi_2 / h - 0.5
-
-    def _second_order(self, phi: tuple[Tensor, Tensor, Tensor], d1: Tensor, solver_type: str) -> Tensor:
-        """The term in D₁, exactly ("taylor") or with φ₁ / 2 in its place ("dpm_solver")."""
-        if solver_type not in SOLVER_TYPES:
-            raise ValueError(f"solver_type={solver_type!r} is unknown; choose one of {SOLVER_TYPES}")
-        return 0.5 * phi[0] * d1 if solver_type == "dpm_solver" else self._k * phi[1] * d1
+        return phi_functions(h, self._k)
 
     # ------------------------------------------------------------------------------ single-step updates
 
@@ -185,7 +166,8 @@ class DPM_Solver:
         model_s1 = self.model_fn(base_1 - c_1 * self._phi(h_1)[0] * model_s, s1)
         base, c, h = self._between(x, s, t)
         phi = self._phi(h)
-        x_t = base - c * (phi[0] * model_s + self._second_order(phi, (model_s1 - model_s) / r1, solver_type))
+        slope = second_order_weight(phi, self._k, solver_type)
+        x_t = base - c * (phi[0] * model_s + slope * (model_s1 - model_s) / r1)
         return (x_t, {"model_s": model_s, "model_s1": model_s1}) if return_intermediate else x_t
 
     def singlestep_dpm_solver_third_update(
@@ -254,13 +236,17 @@ class DPM_Solver:
 
     # -------------------------------------------------------------------------------- multistep updates
 
-    def _gaps(self, times: Sequence[Tensor], t: Tensor, x: Tensor) -> list[Tensor]:
-        """λ between successive earlier times, newest first, as shares of the step ahead."""
-        lambdas = [self.noise_schedule.marginal_lambda(s) for s in (*times, t)]
-        h = lambdas[-1] - lambdas[-2]
-        return [
-            expand_dims((b - a) / h, x.ndim) for a, b in zip(lambdas[-3::-1], lambdas[-2:0:-1], strict=True)
-        ]
+    def multistep_dpm_solver_update(
+        self, x: Tensor, model_prev_list: Sequence[Tensor], t_prev_list: Sequence[Tensor], t: Tensor, order: int,
+        solver_type: str = "dpm_solver",
+    ) -> Tensor:  # fmt: skip
+        """One step of order 1, 2 or 3 to time t, from the last predictions and their times, newest last."""
+        lambdas = [self.noise_schedule.marginal_lambda(s) for s in (*t_prev_list[-order:], t)]
+        base, c, h = self._between(x, t_prev_list[-1], t)
+        gaps = [axes_like(b - a, x) / h for a, b in zip(lambdas[-3::-1], lambdas[-2:0:-1], strict=True)]
+        weights = multistep_weights(h, gaps, self._k, solver_type)
+        newest_first = list(model_prev_list)[: -order - 1 : -1]
+        return base - c * torch.stack([w * m for w, m in zip(weights, newest_first, strict=True)]).sum(dim=0)
 
     def multistep_dpm_solver_second_update(
         self,
@@ -271,11 +257,7 @@ class DPM_Solver:
         solver_type: str = "dpm_solver",
     ) -> Tensor:
         """Order 2 to time t, from the last two predictions."""
-        (m1, m0), times = model_prev_list[-2:], t_prev_list[-2:]
-        (r0,) = self._gaps(times, t, x)
-        base, c, h = self._between(x, times[-1], t)
-        phi = self._phi(h)
-        return base - c * (phi[0] * m0 + self._second_order(phi, (m0 - m1) / r0, solver_type))
+        return self.multistep_dpm_solver_update(x, model_prev_list, t_prev_list, t, 2, solver_type)
 
     def multistep_dpm_solver_third_update(
         self,
@@ -286,26 +268,7 @@ class DPM_Solver:
         solver_type: str = "dpm_solver",
     ) -> Tensor:
         """Order 3 to time t, from the last three predictions."""
-        (m2, m1, m0), times = model_prev_list[-3:], t_prev_list[-3:]
-        r0, r1 = self._gaps(times, t, x)
-        base, c, h = self._between(x, times[-1], t)
-        phi_1, phi_2, phi_3 = self._phi(h)
-        d_0, d_1 = (m0 - m1) / r0, (m1 - m2) / r1
-        bend = (d_0 - d_1) / (r0 + r1)
-        return base - c * (phi_1 * m0 + self._k * phi_2 * (d_0 + r0 * bend) + phi_3 * bend)
-
-    def multistep_dpm_solver_update(
-        self, x: Tensor, model_prev_list: Sequence[Tensor], t_prev_list: Sequence[Tensor], t: Tensor, order: int,
-        solver_type: str = "dpm_solver",
-    ) -> Tensor:  # fmt: skip
-        """One multistep step of order 1, 2 or 3."""
-        if order == 1:
-            return self.dpm_solver_first_update(x, t_prev_list[-1], t, model_s=model_prev_list[-1])
-        if order == 2:
-            return self.multistep_dpm_solver_second_update(x, model_prev_list, t_prev_list, t, solver_type)
-        if order == 3:
-            return self.multistep_dpm_solver_third_update(x, model_prev_list, t_prev_list, t, solver_type)
-        raise ValueError(f"order={order} must be 1, 2 or 3")
+        return self.multistep_dpm_solver_update(x, model_prev_list, t_prev_list, t, 3, solver_type)
 
     # ------------------------------------------------------------------------------------------ loops
 
@@ -321,6 +284,7 @@ class DPM_Solver:
         theta: float = 0.9,
         t_err: float = 1e-5,
         solver_type: str = "dpm_solver",
+        on_step: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Steps as long as two orders agree.
 
@@ -333,6 +297,8 @@ class DPM_Solver:
             theta: safety factor of the next step.
             t_err: distance from t_0 at which to stop.
             solver_type: see `sample`.
+            on_step: called with the latents and the time (1,) before each step that is not a repetition; gives the latents to go
+                on with.
 
         Source: Lu et al. 2022a, algorithm 3 in appendix C.
         """
@@ -342,7 +308,7 @@ class DPM_Solver:
         s, end = (torch.full((1,), float(t), device=x.device, dtype=x.dtype) for t in (t_T, t_0))
         lambda_s, lambda_0 = ns.marginal_lambda(s), ns.marginal_lambda(end)
         h = torch.full_like(lambda_s, h_init)
-        x_prev = x
+        x = x_prev = x if on_step is None else on_step(x, s)
         while float((s - end).abs()) > t_err:
             t = ns.inverse_lambda(lambda_s + h)
             if order == 2:
@@ -358,6 +324,8 @@ class DPM_Solver:
             if error <= 1.0:
                 x, x_prev, s = higher, lower, t
                 lambda_s = ns.marginal_lambda(s)
+                if on_step is not None and float((s - end).abs()) > t_err:
+                    x = on_step(x, s)
             h = torch.minimum(theta * h * error.float().pow(-1.0 / order), lambda_0 - lambda_s)
         return x
 
@@ -367,30 +335,31 @@ class DPM_Solver:
         steps = len(timesteps) - 1
         if steps < order:
             raise ValueError(f"{steps} steps are too few for a multistep solver of order {order}")
-        times = [t.expand(len(x)) for t in timesteps]
-        models, before = [self.model_fn(x, times[0])], [times[0]]
-        for step in range(1, steps + 1):
-            # the first steps have too little history; the last ones are steadier at a low order, when there are few
-            step_order = min(order, step)
-            if lower_order_final and steps < 15:
-                step_order = min(step_order, steps + 1 - step)
-            x = self.multistep_dpm_solver_update(x, models, before, times[step], step_order, solver_type)
-            if step < steps:
-                models = [*models, self.model_fn(x, times[step])][-order:]
-                before = [*before, times[step]][-order:]
+        rule = DPMRule(self.predict_x0, solver_type)
+        run = Multistep(
+            rule, self.noise_schedule.points(timesteps), order, lower_order_final and steps < FEW_STEPS
+        )
+        for t in timesteps[:-1]:
+            x = run.advance(x, self.model_fn(x, t.expand(len(x))))
         return x
 
     def _singlestep(
         self, x: Tensor, outer: Tensor, orders: Sequence[int], skip_type: str, solver_type: str
     ) -> Tensor:
         for i, order in enumerate(orders):
-            inner = self.get_time_steps(skip_type, outer[i].item(), outer[i + 1].item(), order, x.device)
-            lambdas = self.noise_schedule.marginal_lambda(inner)
-            shares = (lambdas[1:-1] - lambdas[0]) / (lambdas[-1] - lambdas[0])
-            r1, r2 = (shares[j] if j < len(shares) else None for j in (0, 1))
+            r1, r2 = self.inner_shares(skip_type, float(outer[i]), float(outer[i + 1]), order)
             s, t = outer[i].expand(len(x)), outer[i + 1].expand(len(x))
             x = self.singlestep_dpm_solver_update(x, s, t, order, solver_type=solver_type, r1=r1, r2=r2)
         return x
+
+    def inner_shares(
+        self, skip_type: str, s: float, t: float, order: int
+    ) -> tuple[float | None, float | None]:
+        """Where a single step from time s to t asks the network in between, as shares of the step's λ; None where it does not."""
+        times = self.noise_schedule.time_steps(skip_type, s, t, order)
+        lambdas = [p.lamb for p in self.noise_schedule.points(times)]
+        shares = [(lamb - lambdas[0]) / (lambdas[-1] - lambdas[0]) for lamb in lambdas[1:-1]]
+        return (*shares, None, None)[:2]  # type: ignore[return-value]
 
     @torch.no_grad()
     def sample(
@@ -419,7 +388,8 @@ class DPM_Solver:
             method: "singlestep", "multistep", "singlestep_fixed" (steps // order single steps) or "adaptive".
             lower_order_final: lower the order of the last multistep steps when there are fewer than 15.
             denoise_to_zero: end with the estimate of x_0.
-            solver_type: "dpm_solver" or "taylor", two ways of writing the term of second order.
+            solver_type: "dpm_solver" or "taylor", two ways of writing the term of second order, or "exact", with which the
+                multistep solver of order 3 really has that order (the published ones have 2).
             atol, rtol: tolerance of "adaptive".
 
         Raises:

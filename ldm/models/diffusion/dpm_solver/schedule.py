@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from ldm.models.diffusion.sampler import concatenate
 from ldm.models.diffusion.sampling_util import append_dims
 
 COSINE_S = 0.008
+# ᾱ = 0 (zero terminal SNR) has no logarithm; this much signal is lost in float32's rounding
+SMALLEST_ALPHA_BAR = 2.0**-24
+
+
+class Point(NamedTuple):
+    """A time and the process there: x_t = α x_0 + σ ε, λ = log(α / σ)."""
+
+    t: float
+    alpha: float
+    sigma: float
+    lamb: float
 
 
 def interpolate_fn(x: Tensor, xp: Tensor, yp: Tensor) -> Tensor:
@@ -66,16 +77,16 @@ class NoiseScheduleVP:
             if betas is None and alphas_cumprod is None:
                 raise ValueError("a discrete schedule needs betas or alphas_cumprod")
             bars: Any = alphas_cumprod
-            log_alphas = 0.5 * (torch.log(1 - betas).cumsum(dim=0) if betas is not None else torch.log(bars))
-            self.total_N = len(log_alphas)
+            log_bars = torch.log(1 - betas).cumsum(dim=0) if betas is not None else torch.log(bars)
+            self.total_N = len(log_bars)
             self.t_array = torch.linspace(0.0, 1.0, self.total_N + 1)[1:].reshape(1, -1)
-            self.log_alpha_array = log_alphas.reshape(1, -1)
+            self.log_alpha_array = 0.5 * log_bars.clamp(min=math.log(SMALLEST_ALPHA_BAR)).reshape(1, -1)
 
     def marginal_log_mean_coeff(self, t: Tensor) -> Tensor:
         """log α_t."""
         if self.schedule == "discrete":
-            tables = self.t_array.to(t.device), self.log_alpha_array.to(t.device)
-            return interpolate_fn(t.reshape(-1, 1), *tables).reshape(-1)
+            found = interpolate_fn(t.reshape(-1, 1), self.t_array.to(t), self.log_alpha_array.to(t))
+            return found.reshape(t.shape if t.ndim == 0 else -1)
         if self.schedule == "linear":
             return -0.25 * t**2 * (self.beta_1 - self.beta_0) - 0.5 * t * self.beta_0
         return (
@@ -97,25 +108,56 @@ class NoiseScheduleVP:
 
     def inverse_lambda(self, lamb: Tensor) -> Tensor:
         """The time at which λ has a value."""
-        log_alpha = -0.5 * torch.logaddexp(torch.zeros((1,), device=lamb.device), -2.0 * lamb)
+        log_alpha = -0.5 * torch.logaddexp(torch.zeros_like(lamb), -2.0 * lamb)
         if self.schedule == "linear":
             slope = self.beta_1 - self.beta_0
             # the root of the quadratic log α(t), written so that nothing cancels
             constant = -4.0 * slope * log_alpha
             return constant / (torch.sqrt(self.beta_0**2 + constant) + self.beta_0) / slope
         if self.schedule == "discrete":
-            tables = self.log_alpha_array.to(lamb.device).flip(1), self.t_array.to(lamb.device).flip(1)
-            return interpolate_fn(log_alpha.reshape(-1, 1), *tables).reshape(-1)
+            tables = self.log_alpha_array.to(lamb).flip(1), self.t_array.to(lamb).flip(1)
+            return interpolate_fn(log_alpha.reshape(-1, 1), *tables).reshape(
+                lamb.shape if lamb.ndim == 0 else -1
+            )
         angle = torch.arccos(torch.exp(log_alpha + self.cosine_log_alpha_0))
         return angle * 2.0 * (1.0 + COSINE_S) / math.pi - COSINE_S
 
+    def time_steps(self, skip_type: str, t_T: float, t_0: float, N: int, device: Any = "cpu") -> Tensor:
+        """N + 1 times from t_T down to t_0, evenly spaced in log SNR, in time, or in the root of time.
+
+        Raises:
+            ValueError: unknown spacing.
+        """
+        if skip_type == "logSNR":
+            ends = [self.marginal_lambda(torch.full((1,), t, device=device)) for t in (t_T, t_0)]
+            return self.inverse_lambda(torch.linspace(float(ends[0]), float(ends[1]), N + 1, device=device))
+        if skip_type == "time_uniform":
+            return torch.linspace(t_T, t_0, N + 1, device=device)
+        if skip_type == "time_quadratic":
+            return torch.linspace(t_T**0.5, t_0**0.5, N + 1, device=device) ** 2
+        raise ValueError(
+            f"skip_type={skip_type!r} is unknown; choose 'logSNR', 'time_uniform' or 'time_quadratic'"
+        )
+
+    def points(self, times: Tensor) -> list[Point]:
+        """The process at times (n,), computed on the CPU in float64: steps made of these numbers cost a GPU no wait."""
+        t = times.detach().cpu().double()
+        columns = t, self.marginal_alpha(t), self.marginal_std(t), self.marginal_lambda(t)
+        return [Point(*row) for row in torch.stack(columns, dim=1).tolist()]
+
 
 # what networks predict, as ε: functions of (x, α, σ, output)
-TO_NOISE: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+TO_NOISE: dict[str, Callable[[Tensor, Any, Any, Tensor], Tensor]] = {
     "noise": lambda x, alpha, sigma, out: out,
     "x_start": lambda x, alpha, sigma, out: (x - alpha * out) / sigma,
     "v": lambda x, alpha, sigma, out: alpha * out + sigma * x,
     "score": lambda x, alpha, sigma, out: -sigma * out,
+}
+# the same as x_0
+TO_DATA: dict[str, Callable[[Tensor, Any, Any, Tensor], Tensor]] = {
+    "noise": lambda x, alpha, sigma, out: (x - sigma * out) / alpha,
+    "x_start": lambda x, alpha, sigma, out: out,
+    "v": lambda x, alpha, sigma, out: alpha * x - sigma * out,
 }
 GUIDANCE_TYPES = ("uncond", "classifier", "classifier-free")
 

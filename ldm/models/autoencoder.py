@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.models.tiling import Tiled
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from taming.models.base import FirstStage
 from taming.models.vqgan import VQModel as _VQModel
@@ -21,7 +22,7 @@ __all__ = ["AutoencoderKL", "IdentityFirstStage", "VQModel", "VQModelInterface"]
 logger = logging.getLogger(__name__)
 
 
-class AutoencoderKL(FirstStage):
+class AutoencoderKL(Tiled, FirstStage):
     """An autoencoder whose latents are drawn towards a standard normal distribution.
 
     Args:
@@ -72,11 +73,11 @@ class AutoencoderKL(FirstStage):
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images (b, c, h, w) in [-1, 1] → the distribution of their latents (b, embed_dim, h', w')."""
-        return DiagonalGaussianDistribution(self.quant_conv(self.encoder(x)))
+        return DiagonalGaussianDistribution(self.quant_conv(self.run_encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (b, embed_dim, h', w') → images (b, out_ch, h, w)."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.run_decoder(self.post_quant_conv(z))
 
     def forward(
         self, input: Tensor, sample_posterior: bool = True
@@ -137,7 +138,7 @@ class AutoencoderKL(FirstStage):
         return f"  use it as    first_stage_config.params.ckpt_path={logdir}/checkpoints/last.ckpt"
 
 
-class VQModel(_VQModel):
+class VQModel(Tiled, _VQModel):
     """The VQGAN as latent diffusion trains it: `taming.models.vqgan.VQModel` and more options.
 
     Args:
@@ -182,6 +183,14 @@ class VQModel(_VQModel):
             if size != x.shape[2]:
                 x = F.interpolate(x, size=size, mode="bicubic").detach()
         return x
+
+    def encode_to_prequant(self, x: Tensor) -> Tensor:
+        """Images (b, c, h, w) in [-1, 1] → latents (b, embed_dim, h', w') before the codebook."""
+        return self.quant_conv(self.run_encoder(x))
+
+    def decode(self, quant: Tensor) -> Tensor:
+        """Quantised latents (b, embed_dim, h', w') → images (b, out_ch, h, w)."""
+        return self.run_decoder(self.post_quant_conv(quant))
 
     def forward(self, input: Tensor, return_pred_indices: bool = False) -> tuple[Tensor, ...]:
         """Images → reconstructions and the quantiser's loss, and the code indices on request."""

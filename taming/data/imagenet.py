@@ -169,7 +169,9 @@ class ImageNetBase(DelegatingDataset):
 
     def _human_names(self, synsets: list[str]) -> dict[str, str]:
         self.human_dict = str(fetch_checked("synset_human.txt", self.HUMAN_URL, self.HUMAN_SIZE, self.root))
-        names = dict(line.partition(" ")[::2] for line in read_list(self.human_dict))
+        names = dict(
+            line.split(maxsplit=1) for line in read_list(self.human_dict)
+        )  # a blank or a tab between
         if absent := [synset for synset in synsets if synset not in names]:
             raise ValueError(
                 f"{self.human_dict} has no name for {absent[0]}: is it the name of a class folder?"

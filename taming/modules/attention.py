@@ -34,6 +34,8 @@ def attention(
 
     Source: Vaswani et al. 2017, equation 1.
     """
+    # a last axis that is not dense makes PyTorch's CPU kernel write all scores out, and a map rearranged to tokens has one
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     # not einops: drawing tokens one by one comes here with so little work that its 10 µs a call show
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (b, heads, n, d)
     bias = None

@@ -18,14 +18,21 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.deis import DEISSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
+from ldm.models.diffusion.flow import FlowSampler
 from ldm.models.diffusion.plms import PLMSSampler
+from ldm.models.diffusion.sampling_util import Noise
+from ldm.models.diffusion.unipc import UniPCSampler
 from taming.checkpoint import find_run, load_checkpoint, load_into, load_model_from_config, tensors_of
 from taming.util import atomic_path, instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = {"ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler}
+SAMPLERS = {
+    "ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler, "unipc": UniPCSampler, "deis": DEISSampler,
+    "flow": FlowSampler,
+}  # fmt: skip
 TEXT_KEYS = ("caption", "txt")
 
 
@@ -236,8 +243,10 @@ def sample_text(
     eta: float = 0.0,
     x_T: Tensor | None = None,
     negative_prompt: str = "",
-    generator: torch.Generator | None = None,
+    generator: Noise = None,
     verbose: bool = True,
+    guidance_rescale: float = 0.0,
+    time_spacing: str = "uniform",
 ) -> Tensor:
     """Images for prompts.
 
@@ -251,8 +260,9 @@ def sample_text(
         eta: of DDIM.
         x_T: latents (b, c, h, w) to start from.
         negative_prompt: what guidance leads away from.
-        generator: source of the noise; torch's global one if None.
+        generator: source of the noise, or one for each image; torch's global one if None.
         verbose: show progress.
+        guidance_rescale, time_spacing: see `LatentSampler.sample`.
 
     Returns:
         (b, 3, H, W) in [0, 1].
@@ -262,14 +272,16 @@ def sample_text(
     """
     uc = model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
     c = model.get_learned_conditioning(list(prompts))
-    samples, _ = sampler.sample(
-        S=steps, conditioning=c, batch_size=len(prompts), shape=list(shape), verbose=verbose, x_T=x_T, eta=eta,
-        unconditional_guidance_scale=scale, unconditional_conditioning=uc, generator=generator,
-    )  # fmt: skip
-    if not torch.isfinite(samples).all():
-        raise InferenceError(
-            "the latents became infinite or undefined; try --precision full, or --bf16 instead of half precision"
-        )
+    try:
+        samples, _ = sampler.sample(
+            S=steps, conditioning=c, batch_size=len(prompts), shape=list(shape), verbose=verbose, x_T=x_T, eta=eta,
+            unconditional_guidance_scale=scale, unconditional_conditioning=uc, generator=generator,
+            guidance_rescale=guidance_rescale, time_spacing=time_spacing,
+        )  # fmt: skip
+        if not torch.isfinite(samples).all():
+            raise FloatingPointError("the latents became infinite or undefined")
+    except FloatingPointError as error:
+        raise InferenceError(f"{error}; try --precision full, or --bf16") from error
     images = model.decode_first_stage(samples).float()
     return torch.clamp((images + 1.0) / 2.0, min=0.0, max=1.0)
 

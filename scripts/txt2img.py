@@ -92,6 +92,7 @@ def get_parser() -> argparse.ArgumentParser:
     sampling.add_argument(
         "--dpm_solver", "--dpm", dest="dpm", action="store_true", help="sample with DPM-Solver++"
     )
+    sampling.add_argument("--sampler", choices=sorted(inference.SAMPLERS), help="or any of these by name")
     sampling.add_argument(
         "--ddim_eta", type=float, default=0.0, help="noise of DDIM, 0 for deterministic sampling"
     )
@@ -162,7 +163,8 @@ class LatentArtist:
 
     def __init__(self, model: Any, opt: argparse.Namespace, device: torch.device) -> None:
         self.model, self.opt, self.device = model, opt, device
-        name = "plms" if opt.plms else "dpm" if opt.dpm else "ddim"
+        flow = model.parameterization == "flow"
+        name = opt.sampler or ("plms" if opt.plms else "dpm" if opt.dpm else "flow" if flow else "ddim")
         self.sampler = inference.SAMPLERS[name](model)
         size, factor = inference.image_size(model)
         factor = opt.f or factor
@@ -202,7 +204,7 @@ class TokenArtist:
 
     def __init__(self, model: Any, opt: argparse.Namespace, device: torch.device) -> None:
         self.model, self.opt = model, opt
-        foreign = ["plms", "dpm", "fixed_code", "negative_prompt", "H", "W", "C", "f"]
+        foreign = ["sampler", "plms", "dpm", "fixed_code", "negative_prompt", "H", "W", "C", "f"]
         if given := [name for name in foreign if getattr(opt, name)]:
             raise inference.InferenceError(
                 f"--{given[0]} is for diffusion models; this is a token transformer, which takes --top_k, --top_p, --temperature"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ldm.models.diffusion import visualize
 from ldm.models.diffusion.gaussian import PARAMETERIZATIONS, GaussianSchedule
+from ldm.models.diffusion.objectives import Objective
 from ldm.models.diffusion.wrapper import DiffusionWrapper
 from ldm.modules.diffusionmodules.util import noise_like
 from taming.checkpoint import load_into, load_state_dict
@@ -46,7 +47,7 @@ class DDPM(GaussianSchedule, pl.LightningModule):
         original_elbo_weight, l_simple_weight: of the variational bound and the simple loss.
         v_posterior: the posterior's variance lies between its two bounds at this share.
         conditioning_key: see `DiffusionWrapper`.
-        parameterization: "eps", "x0" or "v".
+        parameterization: "eps", "x0", "v", or "flow" for a rectified flow.
         scheduler_config: learning-rate multiplier (used by latent models).
         use_positional_encodings: accepted, as published.
         learn_logvar, logvar_init: a log-variance of the loss for each step, learned or fixed (used by latent models).
@@ -54,9 +55,12 @@ class DDPM(GaussianSchedule, pl.LightningModule):
         ucg_training: {batch key: {p, val}}: entries are replaced by `val` with probability p, for guidance.
         reset_ema: start the average anew from the loaded weights.
         reset_num_ema_updates: start its warm-up anew.
+        zero_terminal_snr: rescale the schedule so that its last step is pure noise (Lin et al. 2024).
+        objective: switches of `Objective`: min-SNR weights, offset noise, input perturbation, how times are drawn.
 
     Raises:
         AssertionError: unknown parameterization, or an EMA option without its precondition (the published error class).
+        ValueError: an objective or schedule that does not go with the parameterization.
 
     Source: Ho et al. 2020, algorithms 1 and 2.
     """
@@ -96,6 +100,8 @@ class DDPM(GaussianSchedule, pl.LightningModule):
         ucg_training: Mapping[str, Any] | None = None,
         reset_ema: bool = False,
         reset_num_ema_updates: bool = False,
+        zero_terminal_snr: bool = False,
+        objective: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if parameterization not in PARAMETERIZATIONS:
@@ -103,6 +109,8 @@ class DDPM(GaussianSchedule, pl.LightningModule):
                 f"parameterization={parameterization!r} is unknown; choose one of {sorted(PARAMETERIZATIONS)}"
             )
         self.parameterization = parameterization
+        self.zero_terminal_snr = zero_terminal_snr
+        self.objective = Objective.of(objective, parameterization)
         self.cond_stage_model: Any = None
         self.clip_denoised = clip_denoised
         self.log_every_t = log_every_t
@@ -167,11 +175,14 @@ class DDPM(GaussianSchedule, pl.LightningModule):
         Raises:
             CheckpointError: unreadable, or of other shapes (unless `make_it_fit`).
         """
-        weights = load_state_dict(path)
         module: nn.Module = self.model if only_model else self
-        if self.make_it_fit:
-            weights = spread_weights(weights, dict([*module.named_parameters(), *module.named_buffers()]))
+        own = dict([*module.named_parameters(), *module.named_buffers()])
+        weights = self.fit_weights(load_state_dict(path), own)
         load_into(module, weights, ignore_keys=list(ignore_keys), source=path)
+
+    def fit_weights(self, weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's weights in the shapes of `own` parameters and buffers, where an option asks for it."""
+        return spread_weights(weights, own) if self.make_it_fit else weights
 
     @contextmanager
     def ema_scope(self, context: str | None = None) -> Iterator[None]:
@@ -182,10 +193,6 @@ class DDPM(GaussianSchedule, pl.LightningModule):
             yield
 
     # ------------------------------------------------------------------------------------- sampling
-
-    def predict_start(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """x_0 from x_t and whatever the network predicts."""
-        return PARAMETERIZATIONS[self.parameterization].x_start(self, x, t, prediction)
 
     def p_mean_variance(self, x: Tensor, t: Tensor, clip_denoised: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Mean of p(x_{t-1} | x_t), its variance and log-variance (b, 1, …)."""
@@ -251,26 +258,37 @@ class DDPM(GaussianSchedule, pl.LightningModule):
 
     def training_target(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network should predict."""
-        return PARAMETERIZATIONS[self.parameterization].target(self, x_start, t, noise)
+        return self.row.target(self, x_start, t, noise)
+
+    def noised(self, x_start: Tensor, t: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_t, and what the network should predict from it; the noise is drawn as the objective says unless given."""
+        noise = self.objective.draw_noise(x_start) if noise is None else noise
+        target = self.training_target(x_start, t, noise)
+        return self.q_sample(x_start, t, self.objective.disturb(noise) if self.training else noise), target
 
     def p_losses(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss at given steps (b,), and what to log."""
-        noise = torch.randn_like(x_start) if noise is None else noise
-        prediction = self.model(self.q_sample(x_start, t, noise), t)
-        loss = self.get_loss(prediction, self.training_target(x_start, t, noise), mean=False).mean(
-            dim=[1, 2, 3]
-        )
-        simple, bound = loss.mean(), (self.lvlb_weights[t] * loss).mean()
-        total = self.l_simple_weight * simple + self.original_elbo_weight * bound
+        """Loss at given times (b,), and what to log."""
+        x_noisy, target = self.noised(x_start, t, noise)
+        loss = self.get_loss(self.model(x_noisy, t), target, mean=False).mean(dim=[1, 2, 3])
+        bound = (self.lvlb_weights[self.table_index(t)] * loss).mean()
+        weighted = self.objective.weigh(loss, self, t).mean()
+        total = self.l_simple_weight * weighted + self.original_elbo_weight * bound
         prefix = "train" if self.training else "val"
-        return total, {f"{prefix}/loss_simple": simple, f"{prefix}/loss_vlb": bound, f"{prefix}/loss": total}
+        return total, {
+            f"{prefix}/loss_simple": loss.mean(),
+            f"{prefix}/loss_vlb": bound,
+            f"{prefix}/loss": total,
+        }
+
+    def draw_times(self, x: Tensor) -> Tensor:
+        """Random times (b,) to train a batch at."""
+        return self.objective.draw_times(self, len(x), self.device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Loss of a batch (b, c, h, w) in [-1, 1] at random steps."""
-        t = torch.randint(0, self.num_timesteps, (x.shape[0],), device=self.device).long()
-        return self.p_losses(x, t, *args, **kwargs)
+        """Loss of a batch (b, c, h, w) in [-1, 1] at random times."""
+        return self.p_losses(x, self.draw_times(x), *args, **kwargs)
 
     def get_input(self, batch: Mapping[str, Any], k: str) -> Any:
         """Entry `k` of a batch, (b, h, w, c) or (b, h, w) → (b, c, h, w) in float32."""

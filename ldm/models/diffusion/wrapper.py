@@ -67,6 +67,10 @@ class DiffusionWrapper(nn.Module):
             c_concat: images of x's size, joined to its channels.
             c_crossattn: contexts (b, n, d), joined along n.
             c_adm: vectors (b, d) or labels (b,).
+
+        Raises:
+            AssertionError: a part of the condition is missing (the published error class).
+            ValueError: images of another size, or of the wrong number of channels in all.
         """
         route = ROUTES[self.conditioning_key]
         given: dict[str, Any] = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
@@ -82,7 +86,7 @@ class DiffusionWrapper(nn.Module):
                     f"conditioning_key={self.conditioning_key!r} needs {name}, but the condition holds {held}"
                 )
         if route.concat:
-            x = torch.cat([x, *given["c_concat"]], dim=1)
+            x = self._joined(x, given["c_concat"])
         arguments: dict[str, Any] = {}
         if route.context:
             contexts = list(given["c_crossattn"])
@@ -93,3 +97,18 @@ class DiffusionWrapper(nn.Module):
         if scripted is not None:
             return scripted(x, t, *arguments.values())
         return self.diffusion_model(x, t, **arguments)
+
+    def _joined(self, x: Tensor, images: Sequence[Tensor]) -> Tensor:
+        shapes = [tuple(c.shape) for c in images]
+        if any(c.shape[2:] != x.shape[2:] or len(c) != len(x) for c in images):
+            raise ValueError(
+                f"c_concat {shapes} cannot be joined to an input of {tuple(x.shape)}: batch, height and width must be the same"
+            )
+        joined = torch.cat([x, *images], dim=1)
+        expected = getattr(self.diffusion_model, "in_channels", joined.shape[1])
+        if joined.shape[1] != expected:
+            raise ValueError(
+                f"the network takes {expected} channels, but the input has {x.shape[1]} and c_concat {shapes}: "
+                f"{joined.shape[1]} in all; set unet_config.params.in_channels to that, or mend the condition"
+            )
+        return joined

@@ -369,7 +369,10 @@ def test_last_ckpt_is_the_latest_state_past_the_best_one_and_between_two_saves(c
     assert sorted(p.name for p in (logdir / "checkpoints").iterdir()) == ["epoch=000000.ckpt", "last.ckpt"]
     assert load_checkpoint(logdir / "checkpoints" / "last.ckpt")["global_step"] == 12
     every = "lightning.modelcheckpoint.params.every_n_train_steps=3"
-    assert run("-b", config, "-t", "--no-test", "--max_steps", "7", "--max_epochs", "9", "-l", "other", every) == 0
+    assert (
+        run("-b", config, "-t", "--no-test", "--max_steps", "7", "--max_epochs", "9", "-l", "other", every)
+        == 0
+    )
     (between,) = Path("other").glob("*/checkpoints/last.ckpt")
     assert load_checkpoint(between)["global_step"] == 7
 

@@ -234,7 +234,7 @@ def test_wider_layers_take_a_narrower_checkpoints_weights():
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"parameterization": "epsilon"}, AssertionError, r"choose one of \['eps', 'v', 'x0'\]"),
+        ({"parameterization": "epsilon"}, AssertionError, r"choose one of \['eps', 'flow', 'v', 'x0'\]"),
         ({"num_timesteps_cond": 2000}, ValueError, "exceeds timesteps"),
         ({"reset_num_ema_updates": True, "ckpt_path": "x.ckpt"}, Exception, "x.ckpt|use_ema"),
         ({"loss_type": "huber"}, NotImplementedError, "choose 'l1' or 'l2'"),

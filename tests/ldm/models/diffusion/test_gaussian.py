@@ -46,8 +46,9 @@ def test_every_parameterization_leads_back_to_the_image(kind):
     x0, noise, t = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4), torch.tensor([0, 20, 49])
     row = PARAMETERIZATIONS[kind]
     xt = s.q_sample(x0, t, noise)
-    assert torch.allclose(row.x_start(s, xt, t, row.target(s, x0, t, noise)), x0, atol=1e-4)
-    assert torch.allclose(s.predict_eps_from_z_and_v(xt, t, s.get_v(x0, noise, t)), noise, atol=1e-5)
+    target = row.target(s, x0, t, noise)
+    assert torch.allclose(s.predict_start(xt, t, target), x0, atol=1e-4)
+    assert torch.allclose(s.predict_noise(xt, t, target), noise, atol=1e-4)
     assert (
         s.lvlb_weights.shape == (50,)
         and torch.isfinite(s.lvlb_weights).all()

@@ -286,13 +286,13 @@ class DPMSolverSampler(SolverSampler):
 
         def report() -> None:
             if callback:
-                callback(bar.n - 1)
+                callback(int(bar.n) - 1)
             if img_callback:
-                img_callback(estimates[0], bar.n - 1)
+                img_callback(estimates[0], int(bar.n) - 1)
 
         def on_step(x: Tensor, s: Tensor) -> Tensor:
             if estimates:
-                watch.see(bar.n - 1, x)
+                watch.see(int(bar.n) - 1, x)
                 report()
                 estimates.clear()
             self._points = self.noise_schedule.points(s)
@@ -310,7 +310,7 @@ class DPMSolverSampler(SolverSampler):
             solver_type=self.solver_type,
             on_step=on_step,
         )
-        watch.see(bar.n - 1, x)
+        watch.see(int(bar.n) - 1, x)
         watch.close()
         report()
         bar.close()

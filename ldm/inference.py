@@ -116,7 +116,7 @@ def load_model(
         raise InferenceError(f"--config {configs[0]}: there is no such file")
     merged = OmegaConf.merge(OmegaConf.load(configs[0]), OmegaConf.from_dotlist(list(overrides)))
     # the checkpoint holds every part's weights, so none needs to be fetched from its own first source
-    _forget_starting_points(merged.model)
+    forget_starting_points(merged.model)
     return load_model_from_config(merged, path, device), path, merged
 
 
@@ -182,7 +182,7 @@ def load_run(
     step = 0
     if path is None:
         return Run(load_model_from_config(config, None, device), config, Path(files[-1]).parent, step)
-    _forget_starting_points(config.model)
+    forget_starting_points(config.model)
     checkpoint = load_checkpoint(path)
     step = int(checkpoint.get("global_step", 0))
     model = instantiate_from_config(config.model)
@@ -191,17 +191,17 @@ def load_run(
     return Run(model.to(device).eval(), config, folder, step)
 
 
-def _forget_starting_points(node: Any) -> None:
+def forget_starting_points(node: Any) -> None:
     """Clear every `ckpt_path` below a model's configuration: the full checkpoint overrides them all."""
     if OmegaConf.is_dict(node):
         for key in node:
             if key == "ckpt_path":
                 node[key] = None
             elif OmegaConf.is_config(node[key]):
-                _forget_starting_points(node[key])
+                forget_starting_points(node[key])
     elif OmegaConf.is_list(node):
         for item in node:
-            _forget_starting_points(item)
+            forget_starting_points(item)
 
 
 def require_text(model: Any) -> None:

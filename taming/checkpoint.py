@@ -81,8 +81,8 @@ class InertDict:
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without running any code in it.
+def load_data(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> Any:
+    """Read whatever a file of weights or other tensors holds, without running any code in it.
 
     Args:
         path: `.safetensors`, or a pickle written by torch or by Lightning 1 or 2; a relative path is looked up in the
@@ -90,7 +90,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.devi
         map_location: where the tensors go.
 
     Returns:
-        The file's dict. A safetensors file comes as `{"state_dict": …, "metadata": …}`.
+        What was saved. A safetensors file comes as `{"state_dict": …, "metadata": …}`.
 
     Raises:
         FileNotFoundError: no such file; neighbours with a similar name are suggested.
@@ -108,7 +108,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.devi
     try:
         stand_ins = _stand_ins(_unsafe_globals(path), path)
         with torch.serialization.safe_globals(stand_ins):
-            loaded = torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch has a dozen exceptions for a damaged archive
@@ -117,6 +117,16 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.devi
             f"{path} ({path.stat().st_size:,} bytes) is not a readable checkpoint: truncated, damaged or of another "
             f"kind ({type(error).__name__}: {first[:160]})"
         ) from error
+
+
+def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """As `load_data`, for a file that holds a dict.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: see `load_data`, or it holds something else.
+    """
+    loaded = load_data(path, map_location)
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a dict of weights")
     return dict(loaded)

@@ -4,8 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from taming.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
+
+
+def multipliers(optimizers: Sequence[Optimizer], scheduler_config: Any) -> list[dict[str, Any]]:
+    """For each optimizer what Lightning moves after every step: its learning rate, multiplied by the configured `schedule`."""
+    schedule = instantiate_from_config(scheduler_config).schedule
+    return [
+        {"scheduler": LambdaLR(o, lr_lambda=schedule), "interval": "step", "frequency": 1} for o in optimizers
+    ]
 
 
 def cosine_between(progress: float, high: float, low: float) -> float:

@@ -136,22 +136,55 @@ def _interpolate(pixels: np.ndarray, height: int, width: int, mode: str) -> np.n
     return scaled.permute(1, 2, 0).numpy().reshape(height, width, *pixels.shape[2:])
 
 
-def _average(pixels: np.ndarray, height: int, width: int, resampling: Image.Resampling) -> np.ndarray:
-    planes = pixels.reshape(*pixels.shape[:2], -1).astype(np.float32)
-    scaled = [
-        np.asarray(Image.fromarray(planes[..., i]).resize((width, height), resampling))
-        for i in range(planes.shape[-1])
-    ]
-    return np.stack(scaled, -1).reshape(height, width, *pixels.shape[2:])
+def separable(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Apply a matrix to the rows and one to the columns of (h, w) or (h, w, c), in float64."""
+    return np.einsum("yh,xw,hw...->yx...", rows, columns, pixels.astype(np.float64), optimize=True)
 
 
-# of arrays; the first three are OpenCV's: no smoothing when a picture shrinks, and a = -0.75 in the cubic
+def tap_matrix(taps: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    """A matrix (out, n) with `values` (out, taps), normalised, at the columns `taps`, which are within 0 … n - 1."""
+    matrix = np.zeros((len(taps), n))
+    values = values / values.sum(1, keepdims=True)
+    np.add.at(matrix, (np.arange(len(taps))[:, None], taps), values)
+    return matrix
+
+
+def _lanczos_matrix(n: int, size: int) -> np.ndarray:
+    """The windowed sinc of eight taps (a = 4), border pixels repeated."""
+    positions = (np.arange(size) + 0.5) * (n / size) - 0.5
+    taps = np.floor(positions)[:, None].astype(int) + np.arange(-3, 5)
+    distance = positions[:, None] - taps
+    return tap_matrix(taps.clip(0, n - 1), np.sinc(distance) * np.sinc(distance / 4), n)
+
+
+def _area_matrix(n: int, size: int) -> np.ndarray:
+    """The share of each old pixel in each new, larger one; PIL's box takes old pixels whole or not at all."""
+    edges = np.arange(size + 1) * (n / size)
+    pixels = np.arange(n)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return overlap.clip(0) * (size / n)
+
+
+def _lanczos(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    return separable(
+        pixels, _lanczos_matrix(pixels.shape[0], height), _lanczos_matrix(pixels.shape[1], width)
+    )
+
+
+def _area(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    if height > pixels.shape[0] or width > pixels.shape[1]:
+        return _interpolate(pixels, height, width, "bilinear")
+    return separable(pixels, _area_matrix(pixels.shape[0], height), _area_matrix(pixels.shape[1], width))
+
+
+# of arrays, OpenCV's: nothing is smoothed when a picture shrinks, except with "area" (the mean of the covered pixels, and
+# "bilinear" where a side grows); a = -0.75 in the cubic
 RESAMPLERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
     "nearest": _pick_nearest,
     "bilinear": partial(_interpolate, mode="bilinear"),
     "bicubic": partial(_interpolate, mode="bicubic"),
-    "area": partial(_average, resampling=Image.Resampling.BOX),
-    "lanczos": partial(_average, resampling=Image.Resampling.LANCZOS),
+    "area": _area,
+    "lanczos": _lanczos,
 }
 
 

@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from taming.checkpoint import load_into, load_state_dict
+from taming.lr_scheduler import multipliers
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.ema import LitEma, ema_scope
 from taming.util import instantiate_from_config, nearest
 
 
-def image_from_batch(batch: Mapping[str, Any], key: str) -> Tensor:
-    """Entry `key` of a batch, (b, h, w, c) or (b, h, w) of any number type → (b, c, h, w) in float32.
+def entry_of(batch: Mapping[str, Any], key: str) -> Any:
+    """Entry `key` of a batch.
 
     Raises:
         KeyError: the batch has no such entry; the message lists those it has.
@@ -31,7 +31,16 @@ def image_from_batch(batch: Mapping[str, Any], key: str) -> Tensor:
         raise KeyError(
             f"the batch has no entry {key!r}. {nearest(key, batch)} It holds: {', '.join(map(str, batch))}."
         )
-    x = batch[key]
+    return batch[key]
+
+
+def image_from_batch(batch: Mapping[str, Any], key: str) -> Tensor:
+    """Entry `key` of a batch, (b, h, w, c) or (b, h, w) of any number type → (b, c, h, w) in float32.
+
+    Raises:
+        KeyError: the batch has no such entry; the message lists those it has.
+    """
+    x = entry_of(batch, key)
     if x.ndim == 3:
         x = x[..., None]
     return rearrange(x, "b h w c -> b c h w").contiguous().float()
@@ -145,11 +154,7 @@ class FirstStage(pl.LightningModule):
         ]
         if self.scheduler_config is None:
             return optimizers, []
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        return optimizers, [
-            {"scheduler": LambdaLR(o, lr_lambda=schedule), "interval": "step", "frequency": 1}
-            for o in optimizers
-        ]
+        return optimizers, multipliers(optimizers, self.scheduler_config)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """One batch: the autoencoder's update, then the discriminator's on the same, detached reconstruction."""

@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from taming.checkpoint import load_into, load_state_dict
+from taming.lr_scheduler import multipliers
+from taming.models.base import entry_of
 from taming.models.condition_pictures import condition_pictures
 from taming.modules.ema import LitEma, ema_scope
 from taming.modules.transformer.permuter import Identity
 from taming.modules.transformer.sampling import Draw, check_room, generate, top_k_logits
 from taming.modules.util import SOSProvider
-from taming.util import disabled_train, freeze, instantiate_from_config, nearest
+from taming.util import disabled_train, freeze, instantiate_from_config
 
 __all__ = ["Net2NetTransformer", "SOSProvider", "disabled_train"]
 
@@ -168,11 +169,7 @@ class Net2NetTransformer(pl.LightningModule):
         Raises:
             KeyError: the batch has no such entry; the message lists those it has.
         """
-        if key not in batch:
-            raise KeyError(
-                f"the batch has no entry {key!r}. {nearest(key, batch)} It holds: {', '.join(map(str, batch))}."
-            )
-        x = batch[key]
+        x = entry_of(batch, key)
         if not isinstance(x, Tensor):
             return x  # a list of texts
         if x.ndim == 3:
@@ -319,10 +316,7 @@ class Net2NetTransformer(pl.LightningModule):
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95))
         if self.scheduler_config is None:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        return [optimizer], [
-            {"scheduler": LambdaLR(optimizer, lr_lambda=schedule), "interval": "step", "frequency": 1}
-        ]
+        return [optimizer], multipliers([optimizer], self.scheduler_config)
 
     # --------------------------------------------------------------------------------------------- sampling
 

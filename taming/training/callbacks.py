@@ -179,8 +179,12 @@ class ImageLogger(Callback):
         was_training = pl_module.training
         if was_training:
             pl_module.eval()
-        with torch.no_grad(), self._precision(pl_module):
-            images = draw(batch, split=split, **self.log_images_kwargs)
+        images: Mapping[str, Any] = {}
+        try:
+            with torch.no_grad(), self._precision(pl_module):
+                images = draw(batch, split=split, **self.log_images_kwargs)
+        except FloatingPointError as error:  # a sampler met infinite latents: no reason to end the training
+            logger.warning("No pictures at step %d: %s", pl_module.global_step, error)
         kept = {}
         for key, value in images.items():
             if not isinstance(value, Tensor):

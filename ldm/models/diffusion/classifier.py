@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.modules.diffusionmodules.openaimodel import EncoderUNetModel, UNetModel
 from ldm.util import log_txt_as_img
 from taming.checkpoint import load_into, load_state_dict
+from taming.lr_scheduler import multipliers
 from taming.models.base import image_from_batch
 from taming.util import freeze, instantiate_from_config
 
@@ -235,10 +235,7 @@ class NoisyLatentImageClassifier(pl.LightningModule):
         )
         if not self.use_scheduler:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        return [optimizer], [
-            {"scheduler": LambdaLR(optimizer, lr_lambda=schedule), "interval": "step", "frequency": 1}
-        ]
+        return [optimizer], multipliers([optimizer], self.scheduler_config)
 
     # --------------------------------------------------------------------------------- pictures
 

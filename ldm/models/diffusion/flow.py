@@ -16,19 +16,9 @@ class FlowSampler(LatentSampler):
 
     The step is x_0 and ε, estimated and mixed anew: x_s = (1 - σ) x_0 + σ ε. It is Euler's for a flow, and for the other
     parameterisations it would be DDIM's.
-
-    Raises:
-        ValueError: the model is no rectified flow.
     """
 
-    knows_flow = True
-
-    def __init__(self, model: Any, schedule: str = "linear", device: Any = None, **kwargs: Any) -> None:
-        super().__init__(model, schedule, device, **kwargs)
-        if model.parameterization != "flow":
-            raise ValueError(
-                f"FlowSampler needs a model with parameterization 'flow', not {model.parameterization!r}; DDIMSampler samples it"
-            )
+    samples_flows = True
 
     def make_schedule(
         self,

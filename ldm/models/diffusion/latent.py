@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from einops import repeat
 from omegaconf import ListConfig
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.diffusion import visualize
@@ -23,6 +22,7 @@ from ldm.models.diffusion.pixel import adamw
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.util import isimage, ismap, log_txt_as_img, mean_flat
+from taming.lr_scheduler import multipliers
 from taming.util import freeze, instantiate_from_config
 
 TEXT_KEYS = ("caption", "txt", "coordinates_bbox")
@@ -321,10 +321,7 @@ class LatentDiffusion(LatentSpace):
         optimizer = adamw(self.trained_parameters(), self.learning_rate)
         if not self.use_scheduler:
             return optimizer
-        schedule = instantiate_from_config(self.scheduler_config).schedule
-        return [optimizer], [
-            {"scheduler": LambdaLR(optimizer, lr_lambda=schedule), "interval": "step", "frequency": 1}
-        ]
+        return [optimizer], multipliers([optimizer], self.scheduler_config)
 
     # ------------------------------------------------------------------------- samples and pictures
 

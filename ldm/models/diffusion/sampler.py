@@ -93,9 +93,12 @@ class LatentSampler:
         schedule: accepted, as published.
         device: where to compute; the model's own if None.
         x0_as_eps: take a prediction of x_0 for one of ε, as published; False converts it.
+
+    Raises:
+        ValueError: a rectified flow and a sampler of the other models, or the other way round.
     """
 
-    knows_flow = False  # whether the update rule is right for `parameterization: flow`
+    samples_flows = False  # whether the update rule is that of `parameterization: flow`, or of the others
     ddim_timesteps: np.ndarray
     ddim_sigmas: Any
     ddim_alphas: Any
@@ -115,9 +118,12 @@ class LatentSampler:
         x0_as_eps: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not self.knows_flow and getattr(model, "parameterization", None) == "flow":
+        kind = getattr(model, "parameterization", None)
+        if self.samples_flows != (kind == "flow"):
             raise ValueError(
-                f"{type(self).__name__} does not sample rectified flows; use FlowSampler (ldm.models.diffusion.flow)"
+                f"{type(self).__name__} needs a model with parameterization 'flow', not {kind!r}; DDIMSampler samples it"
+                if self.samples_flows
+                else f"{type(self).__name__} does not sample rectified flows; use FlowSampler (ldm.models.diffusion.flow)"
             )
         self.model = model
         self.x0_as_eps = x0_as_eps

@@ -14,7 +14,7 @@ from torch import Tensor
 from ldm.modules.diffusionmodules.openaimodel import Timestep
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
 from ldm.modules.encoders.openclip import OpenCLIPWeights, openai_architecture
-from taming.checkpoint import CheckpointError
+from taming.checkpoint import CheckpointError, load_data
 
 CLIP_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -204,7 +204,7 @@ class CLIPEmbeddingNoiseAugmentation(ImageConcatWithNoiseAugmentation):
                 f"there are no statistics of CLIP's image vectors at {path}; put the published file there, or leave "
                 "clip_stats_path out"
             )
-        loaded = torch.load(path, map_location=device, weights_only=True)
+        loaded = load_data(path, device)
         if not isinstance(loaded, list | tuple) or len(loaded) != 2:
             raise CheckpointError(f"{path} must hold two tensors: the mean and the standard deviation")
         self.data_mean, self.data_std = (t.reshape(1, -1) for t in loaded)

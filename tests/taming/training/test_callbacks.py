@@ -119,3 +119,14 @@ def test_without_matplotlib_the_loss_curve_says_what_to_install(tmp_path, monkey
     curve.points = {"train/loss": [[1, 1.0]]}
     curve.draw()
     assert "needs matplotlib" in caplog.text and not (tmp_path / "curve.png").exists()
+
+
+def test_samples_that_overflow_cost_a_warning_not_the_training(tmp_path, caplog):
+    model = Model(tmp_path)
+
+    def overflow(batch, split, **options):
+        raise FloatingPointError("infinite at step 7")
+
+    model.log_images = overflow
+    ImageLogger(batch_frequency=4).on_train_batch_end(None, model, None, {}, 7)
+    assert "infinite at step 7" in caplog.text and model.training

@@ -282,7 +282,7 @@ def test_other_samplers_refuse_a_flow():
 
     for name, sampler in SAMPLERS.items():
         if name == "flow":
-            assert sampler(FlowOfGaussian()).knows_flow
+            assert sampler(FlowOfGaussian()).samples_flows
         else:
             with pytest.raises(ValueError, match="use FlowSampler"):
                 sampler(FlowOfGaussian())

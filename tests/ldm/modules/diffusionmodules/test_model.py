@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.modules.attention import CrossAttention
 from ldm.modules.diffusionmodules.model import (
     AttnBlock,
+    Encoder,
     FirstStagePostProcessor,
     LatentRescaler,
     MemoryEfficientCrossAttentionWrapper,
@@ -11,6 +13,7 @@ from ldm.modules.diffusionmodules.model import (
     MergedRescaleEncoder,
     Resize,
     Upsampler,
+    make_attn,
 )
 
 
@@ -65,3 +68,19 @@ def test_attention_in_images_adds_to_the_image():
     nn.init.zeros_(layer.to_out[0].bias)
     x = torch.randn(2, 8, 3, 5)
     assert torch.equal(layer(x), x)
+
+
+def test_the_cross_attention_of_a_configuration_is_built_by_its_name():
+    options = {"heads": 2, "dim_head": 16, "context_dim": 6}
+    layer = make_attn(32, "memory-efficient-cross-attn", options)
+    x, context = torch.randn(2, 32, 4, 3), torch.randn(2, 5, 6)
+    tokens = CrossAttention.forward(layer, x.flatten(2).transpose(1, 2), context)
+    assert torch.allclose(layer(x, context), x + tokens.transpose(1, 2).reshape(x.shape))
+    encoder = Encoder(
+        ch=32, out_ch=3, ch_mult=(1,), num_res_blocks=1, attn_resolutions=[8], in_channels=3, resolution=8, z_channels=4,
+        attn_type="memory-efficient-cross-attn",
+    )  # fmt: skip
+    assert (
+        encoder(torch.randn(1, 3, 8, 8)).shape == (1, 8, 8, 8)
+        and "mid.attn_1.to_q.weight" in encoder.state_dict()
+    )

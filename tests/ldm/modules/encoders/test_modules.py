@@ -3,11 +3,9 @@ import logging
 import open_clip
 import pytest
 import torch
-from torch import nn
 
 from ldm.modules.encoders.modules import BERTEmbedder, ClassEmbedder, SpatialRescaler
 from ldm.modules.encoders.tokenizers import BERTTokenizer, BPETokenizer, clip_tokenizer
-from ldm.modules.x_transformer import AttentionLayers, Encoder, TransformerWrapper
 
 
 def test_the_full_vocabulary_gives_the_ids_of_open_clip():
@@ -90,58 +88,6 @@ def test_the_text_encoder_trains_and_reads_strings():
     assert model.transformer.token_emb.weight.grad is not None
     with pytest.raises(ValueError, match=r"choose one of \['bert', 'bpe'\]"):
         BERTEmbedder(n_embed=16, n_layer=1, tokenizer="t5")
-
-
-def test_the_transformer_equals_torchs_encoder_layer():
-    """torch.nn.TransformerEncoderLayer with norm_first, the same weights, no biases before the scores."""
-    dim, heads = 128, 2
-    ours = Encoder(dim=dim, depth=1, heads=heads).eval()
-    peer = nn.TransformerEncoderLayer(
-        dim, heads, dim * 4, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    ).eval()
-    (norm1, attn), (norm2, ff) = ours.layers
-    with torch.no_grad():
-        peer.self_attn.in_proj_weight.copy_(torch.cat([attn.to_q.weight, attn.to_k.weight, attn.to_v.weight]))
-        peer.self_attn.in_proj_bias.zero_()
-    peer.self_attn.out_proj.load_state_dict(attn.to_out.state_dict())
-    peer.norm1.load_state_dict(norm1.state_dict())
-    peer.norm2.load_state_dict(norm2.state_dict())
-    peer.linear1.load_state_dict(ff.net[0][0].state_dict())
-    peer.linear2.load_state_dict(ff.net[2].state_dict())
-    x = torch.randn(2, 7, dim)
-    assert torch.allclose(ours(x), peer(x), atol=1e-5)
-    maps = []
-    ours(x, maps=maps)
-    assert maps[0].shape == (2, heads, 7, 7) and torch.allclose(maps[0].sum(-1), torch.ones(2, heads, 7))
-
-
-def test_attention_dropout_acts_in_training_only():
-    model = TransformerWrapper(
-        num_tokens=9, max_seq_len=6, attn_layers=Encoder(dim=16, depth=1, attn_dropout=0.5)
-    )
-    tokens = torch.randint(0, 9, (1, 6))
-    assert not torch.allclose(model(tokens), model(tokens))
-    model.eval()
-    assert torch.equal(model(tokens), model(tokens))
-
-
-def test_wrong_transformer_options_are_named():
-    with pytest.raises(ValueError, match="no option 'ff_drpout'. Did you mean 'ff_dropout'"):
-        AttentionLayers(dim=8, depth=1, ff_drpout=0.1)
-    with pytest.raises(ValueError, match="only the encoder"):
-        AttentionLayers(dim=8, depth=1, causal=True)
-    model = TransformerWrapper(num_tokens=9, max_seq_len=4, attn_layers=Encoder(dim=16, depth=1))
-    with pytest.raises(ValueError, match="5 tokens for 4 positions"):
-        model(torch.zeros(1, 5, dtype=torch.long))
-
-
-def test_tied_embeddings_give_logits_from_their_own_weights():
-    model = TransformerWrapper(
-        num_tokens=9, max_seq_len=4, attn_layers=Encoder(dim=16, depth=1), tie_embedding=True, emb_dim=None
-    )
-    tokens = torch.randint(0, 9, (2, 4))
-    embeddings = model(tokens, return_embeddings=True)
-    assert torch.allclose(model(tokens), embeddings @ model.token_emb.weight.t()) and model.to_logits is None
 
 
 def test_class_embeddings_and_their_guidance_dropout():

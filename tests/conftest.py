@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
@@ -132,3 +133,20 @@ def tiny():
         latent_diffusion = staticmethod(latent_diffusion_config)
 
     return Tiny
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A small CLIP with random weights and vectors of 8 numbers, in a folder as open_clip saves its models."""
+    import open_clip
+
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 112},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    torch.save(open_clip.CLIP(**config).state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return folder

@@ -1,0 +1,25 @@
+"""Weights and configurations of this library ⇄ those of diffusers and transformers.
+
+    pipeline = to_diffusers(model)                             # {"unet": …, "vae": …, "text_encoder": …}
+    load_into(model, from_diffusers(model, pipeline))          # and back, bit for bit
+
+The names are derived from a network's structure, so that networks of any size convert; neither library is needed for it.
+"""
+
+from ldm.conversion.autoencoder import autoencoder_config, autoencoder_params, autoencoder_table
+from ldm.conversion.checkpoint import from_diffusers, network_table, networks, to_diffusers
+from ldm.conversion.table import KeyTable, Row
+from ldm.conversion.text import (
+    clip_config,
+    clip_table,
+    openclip_architecture,
+    openclip_config,
+    openclip_table,
+)
+from ldm.conversion.unet import unet_config, unet_params, unet_table
+
+__all__ = [
+    "KeyTable", "Row", "autoencoder_config", "autoencoder_params", "autoencoder_table", "clip_config", "clip_table", "from_diffusers",
+    "network_table", "networks", "openclip_architecture", "openclip_config", "openclip_table", "to_diffusers", "unet_config",
+    "unet_params", "unet_table",
+]  # fmt: skip

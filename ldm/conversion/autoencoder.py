@@ -1,0 +1,173 @@
+"""`AutoencoderKL` and `VQModel` ⇄ diffusers' classes of these names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ldm.conversion.table import KeyTable, inner_rows
+from taming.modules.diffusionmodules.blocks import AttnBlock, ResnetBlock
+
+RES_BLOCK = {"nin_shortcut": "conv_shortcut"}
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+PROJECTIONS = ("q", "k", "v", "proj_out")  # 1×1 convolutions here, linear layers there
+# what diffusers called these layers in the files of its first years
+OLD_SPELLINGS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+WHOLE = ("quant_conv", "post_quant_conv", "quantize")
+
+
+def autoencoder_table(autoencoder: nn.Module) -> KeyTable:
+    """The names of a first stage's weights here and in diffusers' `AutoencoderKL` or `VQModel`.
+
+    Its loss and its averages have no place there.
+
+    Args:
+        autoencoder: `AutoencoderKL` or `VQModel`, on any device.
+
+    Raises:
+        ValueError: attention of a kind that diffusers' classes do not have.
+    """
+    rows = []
+    for ours, theirs, layer in _layers(autoencoder):
+        if isinstance(layer, AttnBlock):
+            rows += inner_rows(layer.state_dict(), ours, theirs, ATTENTION, PROJECTIONS)
+        elif ".attn" in ours and layer.state_dict():
+            raise ValueError(
+                f"{ours} is a {type(layer).__name__}: diffusers' autoencoders have attn_type 'vanilla' or 'none' only"
+            )
+        else:
+            renamed = RES_BLOCK if isinstance(layer, ResnetBlock) else {}
+            rows += inner_rows(layer.state_dict(), ours, theirs, renamed)
+    return KeyTable(tuple(rows), unpaired=("loss.", "model_ema."), spell=_present_spelling)
+
+
+def _present_spelling(name: str) -> str:
+    for old, new in OLD_SPELLINGS.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _layers(autoencoder: Any) -> Iterator[tuple[str, str, nn.Module]]:
+    """Each layer, with its places in the two networks."""
+    for name in WHOLE:
+        if hasattr(autoencoder, name):
+            yield name, name, getattr(autoencoder, name)
+    for half, stages in (
+        ("encoder", enumerate(autoencoder.encoder.down)),
+        # there in the order of their use
+        ("decoder", enumerate(reversed(autoencoder.decoder.up))),
+    ):
+        network, way = getattr(autoencoder, half), "down" if half == "encoder" else "up"
+        for name, there in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
+            yield f"{half}.{name}", f"{half}.{there}", getattr(network, name)
+        for name, there in (
+            ("block_1", "resnets.0"),
+            ("attn_1", "attentions.0"),
+            ("block_2", "resnets.1"),
+        ):
+            yield f"{half}.mid.{name}", f"{half}.mid_block.{there}", getattr(network.mid, name)
+        for i, stage in stages:
+            here = i if way == "down" else len(network.up) - 1 - i
+            ours, theirs = f"{half}.{way}.{here}", f"{half}.{way}_blocks.{i}"
+            for kind, there in (("block", "resnets"), ("attn", "attentions")):
+                for j, layer in enumerate(getattr(stage, kind)):
+                    yield f"{ours}.{kind}.{j}", f"{theirs}.{there}.{j}", layer
+            if hasattr(stage, f"{way}sample"):
+                yield f"{ours}.{way}sample", f"{theirs}.{way}samplers.0", getattr(stage, f"{way}sample")
+
+
+# ----------------------------------------------------------------------------------------------------- configurations
+
+
+def autoencoder_config(params: Mapping[str, Any], scale_factor: float = 0.18215) -> dict[str, Any]:
+    """The configuration of diffusers' `AutoencoderKL`, or of its `VQModel` where there is a codebook (`n_embed`).
+
+    Args:
+        params: of the first stage's YAML: `ddconfig`, `embed_dim` and, for a codebook, `n_embed`.
+        scale_factor: of the diffusion model.
+
+    Raises:
+        ValueError: an option that diffusers' classes do not have.
+    """
+    dd, width = params["ddconfig"], params["embed_dim"]
+    quantised = "n_embed" in params
+    attention = "linear" if dd.get("use_linear_attn") else dd.get("attn_type", "vanilla")
+    foreign = {
+        f"attn_type={attention!r}": attention not in ("vanilla", "vanilla-xformers", "none"),
+        "resamp_with_conv=False": not dd.get("resamp_with_conv", True),
+        "tanh_out=True": dd.get("tanh_out", False),
+        f"embed_dim={width} beside z_channels={dd['z_channels']}": not quantised
+        and width != dd["z_channels"],
+    }
+    if found := [name for name, present in foreign.items() if present]:
+        raise ValueError(
+            f"diffusers' autoencoders have no counterpart of {', '.join(found)}: it cannot be converted"
+        )
+    sizes = [dd["resolution"] // 2**i for i in range(len(dd["ch_mult"]))]
+    attends = [attention != "none" and s in dd["attn_resolutions"] for s in sizes]
+    codebook = {"num_vq_embeddings": params["n_embed"], "vq_embed_dim": width} if quantised else {}
+    return {
+        "in_channels": dd["in_channels"],
+        "out_channels": dd["out_ch"],
+        "block_out_channels": [dd["ch"] * m for m in dd["ch_mult"]],
+        "layers_per_block": dd["num_res_blocks"],
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attends],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attends)],
+        "mid_block_add_attention": attention != "none",
+        "latent_channels": dd["z_channels"],
+        "sample_size": dd["resolution"],
+        "scaling_factor": scale_factor,
+        **codebook,
+    }
+
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu",), "norm_num_groups": (32,), "norm_type": ("group",), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
+}  # fmt: skip
+
+
+def autoencoder_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`ddconfig`, `embed_dim` and, for a codebook, `n_embed` from the configuration of diffusers' class.
+
+    Raises:
+        ValueError: an option that ours do not have.
+    """
+    for key, allowed in FIXED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(
+                f"diffusers' configuration has {key}={config[key]!r}; ours have {allowed[0]!r} only"
+            )
+    attends = _attending(config["down_block_types"], "DownEncoderBlock2D")
+    if attends != _attending(config["up_block_types"], "UpDecoderBlock2D")[::-1]:
+        raise ValueError("up_block_types is not the mirror of down_block_types, as it is in our autoencoders")
+    widths, size = list(config["block_out_channels"]), int(config["sample_size"])
+    quantised = "num_vq_embeddings" in config
+    z = config["latent_channels"]
+    ddconfig = {
+        "double_z": not quantised,
+        "z_channels": z,
+        "resolution": size,
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "ch": widths[0],
+        "ch_mult": [w // widths[0] for w in widths],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [size // 2**i for i, here in enumerate(attends) if here],
+        "dropout": 0.0,
+        "attn_type": "vanilla" if config.get("mid_block_add_attention", True) else "none",
+    }
+    if not quantised:
+        return {"ddconfig": ddconfig, "embed_dim": z}
+    width = config.get("vq_embed_dim") or z
+    return {"ddconfig": ddconfig, "embed_dim": width, "n_embed": config["num_vq_embeddings"]}
+
+
+def _attending(types: Sequence[str], plain: str) -> list[bool]:
+    for name in types:
+        if name not in (plain, f"Attn{plain}"):
+            raise ValueError(
+                f"a level of type {name!r} is unknown here; our autoencoders have {plain} and Attn{plain}"
+            )
+    return [name != plain for name in types]

@@ -25,7 +25,7 @@ from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling_util import Noise
 from ldm.models.diffusion.unipc import UniPCSampler
 from taming.checkpoint import find_run, load_checkpoint, load_into, load_model_from_config, tensors_of
-from taming.util import atomic_path, instantiate_from_config
+from taming.util import atomic_path, instantiate_from_config, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ SAMPLERS = {
     "flow": FlowSampler,
 }  # fmt: skip
 TEXT_KEYS = ("caption", "txt")
+CLASS_KEYS = ("class_label", "cls")
 
 
 class InferenceError(Exception):
@@ -106,11 +107,11 @@ def load_model(
     try:
         path, found = find_run(ckpt)
     except FileNotFoundError as error:
-        raise InferenceError(f"--ckpt {ckpt}: {error}") from error
+        raise InferenceError(str(error)) from error
     configs = [config] if config is not None else found
     if not configs:
         raise InferenceError(
-            f"no configuration lies beside {path}; name the one it was trained with: --config configs/….yaml"
+            f"no configuration lies beside {path}; name the one it was trained with (--config configs/….yaml, or config=…)"
         )
     if not Path(configs[0]).is_file():
         raise InferenceError(f"--config {configs[0]}: there is no such file")
@@ -223,6 +224,47 @@ def image_size(model: Any) -> tuple[int, int]:
     return int(model.image_size) * factor, factor
 
 
+def latent_shape(
+    model: Any,
+    height: int | None = None,
+    width: int | None = None,
+    channels: int | None = None,
+    factor: int | None = None,
+) -> tuple[int, int, int]:
+    """Shape (c, h, w) of the latents of an image; what is None is the model's own.
+
+    Args:
+        model: a latent model.
+        height, width: of the image, in pixels.
+        channels: of the latents.
+        factor: of the first stage.
+
+    Raises:
+        InferenceError: a size that the first stage cannot make.
+    """
+    size, own_factor = image_size(model)
+    factor = factor or own_factor
+    height, width = height or size, width or size
+    if height % factor or width % factor:
+        raise InferenceError(
+            f"an image of {width}x{height} pixels: width and height must be multiples of {factor}, the factor of the first stage"
+        )
+    return channels or model.channels, height // factor, width // factor
+
+
+def make_sampler(model: Any, name: str | None = None) -> tuple[str, Any]:
+    """A sampler for a model by name, with that name; None takes "flow" for rectified flows and "ddim" for the others.
+
+    Raises:
+        InferenceError: unknown name.
+        ValueError: a sampler for models of the other kind.
+    """
+    name = name or ("flow" if model.parameterization == "flow" else "ddim")
+    if name not in SAMPLERS:
+        raise InferenceError(f"there is no sampler {name!r}. {nearest(name, SAMPLERS)}")
+    return name, SAMPLERS[name](model)
+
+
 def file_hash(path: str | Path) -> str:
     """The first ten digits of a file's SHA-256, the usual way to name a checkpoint."""
     with open(path, "rb") as file:
@@ -230,6 +272,50 @@ def file_hash(path: str | Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
+
+
+@torch.no_grad()
+def sample_images(
+    model: Any,
+    sampler: Any,
+    steps: int,
+    batch_size: int,
+    shape: Sequence[int],
+    conditioning: Any = None,
+    **options: Any,
+) -> Tensor:
+    """Images under a condition.
+
+    Args:
+        model: a latent model.
+        sampler: one of `SAMPLERS`, made for the model.
+        steps: of the sampler.
+        batch_size: images.
+        shape: of one latent, (c, h, w).
+        conditioning: encoded, see `LatentSampler.sample`; so are the options.
+
+    Returns:
+        (b, 3, H, W) in [0, 1].
+
+    Raises:
+        FloatingPointError: the latents became infinite or undefined.
+    """
+    samples, _ = sampler.sample(
+        S=steps, conditioning=conditioning, batch_size=batch_size, shape=list(shape), **options
+    )
+    return decode_images(model, samples)
+
+
+def decode_images(model: Any, latents: Tensor) -> Tensor:
+    """Latents → images (b, 3, H, W) in [0, 1].
+
+    Raises:
+        FloatingPointError: the latents are infinite or undefined.
+    """
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError("the latents became infinite or undefined")
+    images = model.decode_first_stage(latents).float()
+    return torch.clamp((images + 1.0) / 2.0, min=0.0, max=1.0)
 
 
 @torch.no_grad()
@@ -273,17 +359,13 @@ def sample_text(
     uc = model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
     c = model.get_learned_conditioning(list(prompts))
     try:
-        samples, _ = sampler.sample(
-            S=steps, conditioning=c, batch_size=len(prompts), shape=list(shape), verbose=verbose, x_T=x_T, eta=eta,
+        return sample_images(
+            model, sampler, steps, len(prompts), shape, c, verbose=verbose, x_T=x_T, eta=eta,
             unconditional_guidance_scale=scale, unconditional_conditioning=uc, generator=generator,
             guidance_rescale=guidance_rescale, time_spacing=time_spacing,
         )  # fmt: skip
-        if not torch.isfinite(samples).all():
-            raise FloatingPointError("the latents became infinite or undefined")
     except FloatingPointError as error:
         raise InferenceError(f"{error}; try --precision full, or --bf16") from error
-    images = model.decode_first_stage(samples).float()
-    return torch.clamp((images + 1.0) / 2.0, min=0.0, max=1.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ saving

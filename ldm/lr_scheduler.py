@@ -1,14 +1,20 @@
-"""Learning-rate multipliers over one or several cycles, for `torch.optim.lr_scheduler.LambdaLR`."""
+"""Learning rates over the steps of a training: multipliers over one or several cycles, and `get_scheduler` for loops of one's own."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from taming.lr_scheduler import LambdaWarmUpCosineScheduler, cosine_between
 
-__all__ = ["LambdaLinearScheduler", "LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2"]
+__all__ = [
+    "LambdaLinearScheduler", "LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2", "get_scheduler",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -95,3 +101,43 @@ class LambdaLinearScheduler(CyclicScheduler):
         """A straight line from `f_max` to `f_min`."""
         length = self.cycle_lengths[cycle]
         return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * (length - n) / length
+
+
+def get_scheduler(
+    optimizer: Optimizer,
+    name: str = "cosine",
+    num_warmup_steps: int = 0,
+    num_training_steps: int | None = None,
+    **options: Any,
+) -> LRScheduler:
+    """A learning-rate scheduler by name, made by transformers; call its `step()` after each of the optimizer's.
+
+    ```python
+    scheduler = get_scheduler(optimizer, num_warmup_steps=1000, num_training_steps=100000)
+    ```
+
+    Args:
+        optimizer: whose rates are the highest ones.
+        name: "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt", or
+            another of `transformers.get_scheduler`.
+        num_warmup_steps: the rate first rises from 0 in so many steps.
+        num_training_steps: step at which it is back at 0; not needed by the constant ones.
+        options: of that scheduler, such as `num_cycles`.
+
+    Raises:
+        TypeError: no optimizer, or an option that the scheduler lacks.
+        ValueError: unknown name, no `num_training_steps` where it is needed, or a warm-up that is longer.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"get_scheduler takes the optimizer first, not {optimizer!r}: get_scheduler(optimizer, name='linear', …)"
+        )
+    if num_training_steps is not None and not 0 <= num_warmup_steps <= num_training_steps:
+        raise ValueError(
+            f"num_warmup_steps={num_warmup_steps} must lie between 0 and num_training_steps={num_training_steps}"
+        )
+    from transformers import optimization  # takes seconds to import
+
+    return optimization.get_scheduler(
+        name, optimizer, num_warmup_steps, num_training_steps, scheduler_specific_kwargs=options
+    )

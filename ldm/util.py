@@ -39,13 +39,16 @@ def mean_flat(tensor: Tensor) -> Tensor:
     return tensor.mean(dim=list(range(1, tensor.ndim)))
 
 
-def autocast(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: run under CUDA autocast with its current settings."""
+def autocast(f: Callable[..., Any], enabled: bool = True) -> Callable[..., Any]:
+    """Decorator: run under CUDA autocast with its current settings, or without it."""
 
     @wraps(f)
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(
-            "cuda", dtype=torch.get_autocast_dtype("cuda"), cache_enabled=torch.is_autocast_cache_enabled()
+            "cuda",
+            enabled=enabled and torch.cuda.is_available(),
+            dtype=torch.get_autocast_dtype("cuda"),
+            cache_enabled=torch.is_autocast_cache_enabled(),
         ):
             return f(*args, **kwargs)
 

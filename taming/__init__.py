@@ -7,10 +7,35 @@ losses, the data module and the training loop (`taming.training`).
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def lazy_names(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for a package whose names are imported when first asked for (PEP 562).
+
+    Args:
+        package: its `__name__`.
+        homes: name → dotted path of the object.
+    """
+
+    def look_up(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(
+                f"module {package!r} has no attribute {name!r}; it offers {', '.join(homes)}"
+            )
+        module, _, attribute = homes[name].rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+    return look_up, lambda: sorted({*vars(sys.modules[package]), *homes})
 
 
 def require_same_home(package_file: str, *names: str) -> None:

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import logging
 import os
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -81,12 +82,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------- objects from configs
 
 
-def get_obj_from_str(string: str, reload: bool = False) -> Any:
+def get_obj_from_str(string: str, reload: bool = False, invalidate_cache: bool = True) -> Any:
     """The object behind a dotted path such as `ldm.models.autoencoder.AutoencoderKL`.
 
     Args:
         string: module path and attribute, separated by dots.
         reload: import the module anew first.
+        invalidate_cache: see modules that were written since Python last looked.
 
     Raises:
         ConfigError: the path has no dot, its module cannot be found, or the module lacks the name.
@@ -94,6 +96,8 @@ def get_obj_from_str(string: str, reload: bool = False) -> Any:
     module_name, _, name = string.rpartition(".")
     if not module_name:
         raise ConfigError(f"target {string!r} must be a dotted path: package.module.Name")
+    if invalidate_cache and module_name not in sys.modules:
+        importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.models.diffusion.pixel import DDPM
+from ldm.modules.prompt_cache import prompt_cache
 
 
 def trim(cond: Any, n: int) -> Any:
@@ -121,6 +122,7 @@ class AncestralSampling(DDPM):
             yield i, img, x_start
 
     @torch.no_grad()
+    @prompt_cache()
     def progressive_denoising(
         self,
         cond: Any,
@@ -184,6 +186,7 @@ class AncestralSampling(DDPM):
         return img, kept
 
     @torch.no_grad()
+    @prompt_cache()
     def p_sample_loop(
         self,
         cond: Any,

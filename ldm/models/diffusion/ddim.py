@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.models.diffusion.sampler import LatentSampler, one_run
+from ldm.models.diffusion.sampler import LatentSampler
 from ldm.models.diffusion.sampling_util import FiniteWatch, Noise, draw, sources
 from ldm.modules.diffusionmodules.util import extract_into_tensor
+from ldm.modules.prompt_cache import prompt_cache
 
 
 class DDIMSampler(LatentSampler):
@@ -158,7 +159,7 @@ class DDIMSampler(LatentSampler):
         return extract_into_tensor(scale, t, x0.shape) * x0 + extract_into_tensor(spread, t, x0.shape) * noise
 
     @torch.no_grad()
-    @one_run
+    @prompt_cache()
     def decode(
         self,
         x_latent: Tensor,
@@ -190,7 +191,7 @@ class DDIMSampler(LatentSampler):
         return x
 
     @torch.no_grad()
-    @one_run
+    @prompt_cache()
     def encode(
         self,
         x0: Tensor,

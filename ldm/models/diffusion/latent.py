@@ -11,14 +11,18 @@ from einops import repeat
 from omegaconf import ListConfig
 from torch import Tensor, nn
 
+from ldm.inference import CLASS_KEYS
+from ldm.lora import train_lora
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
+from ldm.models.default import buildable
 from ldm.models.diffusion import visualize
+from ldm.models.diffusion.adapted import Adapted
 from ldm.models.diffusion.ancestral import trim
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.flow import FlowSampler
 from ldm.models.diffusion.latent_cache import LatentCache
-from ldm.models.diffusion.latent_space import LatentSpace
 from ldm.models.diffusion.pixel import adamw
+from ldm.models.notebook import NotebookCalls
 from ldm.modules.diffusionmodules.util import extract_into_tensor
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
 from ldm.util import isimage, ismap, log_txt_as_img, mean_flat
@@ -26,13 +30,10 @@ from taming.lr_scheduler import multipliers
 from taming.util import freeze, instantiate_from_config
 
 TEXT_KEYS = ("caption", "txt", "coordinates_bbox")
-CLASS_KEYS = ("class_label", "cls")
-
-
 RESTORE_OPTIONS = {"ckpt_path": None, "ignore_keys": (), "reset_ema": False, "reset_num_ema_updates": False}
 
 
-class LatentDiffusion(LatentSpace):
+class LatentDiffusion(Adapted, NotebookCalls):
     """Diffusion on the latents of a frozen first stage, conditioned through a second encoder.
 
     Args:
@@ -50,13 +51,17 @@ class LatentDiffusion(LatentSpace):
         force_null_conditioning: keep the conditioning_key although there is no condition.
         cache_latents: run the first stage once for each training picture; needs a batch entry `index` that names the
             exact pixels (see `LatentCache`).
+        lora_config: train low-rank adapters and nothing else, see `Adapted`.
 
-    Further arguments are those of `DDPM`; `timesteps` is 1000 unless given.
+    Further arguments are those of `DDPM`; `timesteps` is 1000 unless given. Without any configuration, as in
+    `LatentDiffusion(latent_dim=4, attention_resolutions=[8, 16, 32], num_heads=8)`, it is a small model of text, see
+    `ldm.models.default.default_parameters`.
 
     Raises:
         ValueError: more noising steps for the condition than there are.
     """
 
+    @buildable
     def __init__(
         self,
         first_stage_config: Any,
@@ -71,9 +76,12 @@ class LatentDiffusion(LatentSpace):
         scale_by_std: bool = False,
         force_null_conditioning: bool = False,
         cache_latents: bool = False,
+        lora_config: Mapping[str, Any] | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        if lora_config is not None:
+            cond_stage_trainable |= self.prepare_adapters(lora_config, kwargs)
         self.num_timesteps_cond = num_timesteps_cond if num_timesteps_cond is not None else 1
         self.scale_by_std = scale_by_std
         self.force_null_conditioning = force_null_conditioning
@@ -117,6 +125,8 @@ class LatentDiffusion(LatentSpace):
                 restore["reset_num_ema_updates"],
             )
             self.restarted_from_ckpt = True
+        if lora_config is not None:
+            self.lora = train_lora(self, lora_config)
 
     def build_stages(self) -> None:
         """Build what a subclass has beside first stage and condition; called before a checkpoint is loaded into it, too."""
@@ -310,7 +320,9 @@ class LatentDiffusion(LatentSpace):
         return total, log | {f"{prefix}/loss_vlb": bound, f"{prefix}/loss": total}
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Those of the network, of a trainable condition encoder, and a learned log-variance."""
+        """Those of the network, of a trainable condition encoder, and a learned log-variance; or those of the adapters."""
+        if self.lora is not None:
+            return list(self.lora.parameters())
         parameters = list(self.model.parameters())
         if self.cond_stage_trainable:
             parameters += list(self.cond_stage_model.parameters())
@@ -439,7 +451,7 @@ class LatentDiffusion(LatentSpace):
         """What to do with the trained model, for the end of a training run."""
         if self.cond_stage_key in ("caption", "txt"):
             return f'  sample       python scripts/txt2img.py --ckpt {logdir} --prompt "…"'
-        return f"  notebook     taming.checkpoint.load_model_from_config, then model.sample_log(cond, n, ddim=True, ddim_steps=50)  # {logdir}"
+        return f"  notebook     ldm.models.LatentDiffusion.from_pretrained({logdir!r}), then its generate() or sample(condition=…)"
 
     # ------------------------------------------------------------------------------------- algebra
 

@@ -6,10 +6,9 @@ A sampler is this base and an update rule (`step`): see `ddim.py`. A solver in c
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,16 +30,15 @@ from ldm.modules.diffusionmodules.util import (
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
 )
+from ldm.modules.prompt_cache import once, prompt_cache
 
 logger = logging.getLogger(__name__)
 
-P = ParamSpec("P")
-R = TypeVar("R")
 MODEL_BUFFERS = ("betas", "alphas_cumprod", "alphas_cumprod_prev")
 
 
 def concatenate(uncond: Any, cond: Any) -> Any:
-    """Two conditions of the same structure as one batch, the unconditional half first.
+    """Two conditions of the same structure as one batch, the unconditional half first; the same tensors at every step of a run.
 
     Raises:
         ValueError: one is a dict and the other is not, their entries differ, or tensors of different lengths.
@@ -60,7 +58,7 @@ def concatenate(uncond: Any, cond: Any) -> Any:
         raise ValueError(
             f"condition {tuple(cond.shape)} and unconditional condition {tuple(uncond.shape)} cannot share a batch"
         )
-    return torch.cat([uncond, cond])
+    return once(concatenate, lambda *halves: torch.cat(halves), uncond, cond)
 
 
 def batch_of(cond: Any) -> int | None:
@@ -68,21 +66,6 @@ def batch_of(cond: Any) -> int | None:
     while isinstance(cond, Mapping | list) and len(cond):
         cond = next(iter(cond.values())) if isinstance(cond, Mapping) else cond[0]
     return len(cond) if isinstance(cond, Tensor) else None
-
-
-def one_run(method: Callable[P, R]) -> Callable[P, R]:
-    """A sampler's method in which conditions are joined once; single calls of `guided` join them anew."""
-
-    @functools.wraps(method)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        sampler: Any = args[0]
-        sampler._joined = ()
-        try:
-            return method(*args, **kwargs)
-        finally:
-            sampler._joined = None
-
-    return run
 
 
 class LatentSampler:
@@ -127,7 +110,6 @@ class LatentSampler:
             )
         self.model = model
         self.x0_as_eps = x0_as_eps
-        self._joined: tuple[Any, ...] | None = None
         self.ddpm_num_timesteps = model.num_timesteps
         self.schedule = schedule
         self.device = torch.device(device) if device is not None else model.betas.device
@@ -223,19 +205,10 @@ class LatentSampler:
         """
         if uncond is None or scale == 1.0:
             return self.model.apply_model(x, t, c)
-        both = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), self._join(uncond, c))
+        both = self.model.apply_model(torch.cat([x, x]), torch.cat([t, t]), concatenate(uncond, c))
         e_uncond, e_cond = both.chunk(2)
         out = e_uncond + scale * (e_cond - e_uncond)
         return rescale_guided(out, e_cond, guidance_rescale) if guidance_rescale else out
-
-    def _join(self, uncond: Any, c: Any) -> Any:
-        """Both conditions as one batch; the same object at every step of a run, so that what follows from it can be kept."""
-        if self._joined and self._joined[0] is uncond and self._joined[1] is c:
-            return self._joined[2]
-        both = concatenate(uncond, c)
-        if self._joined is not None:
-            self._joined = uncond, c, both
-        return both
 
     def predict(
         self,
@@ -390,7 +363,7 @@ class LatentSampler:
             guidance_rescale=guidance_rescale,
         )  # fmt: skip
 
-    @one_run
+    @prompt_cache()
     def _run(
         self,
         cond: Any,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ldm.modules.prompt_cache import once
 from taming.util import instantiate_from_config, nearest
 
 
@@ -70,7 +71,7 @@ class DiffusionWrapper(nn.Module):
 
         Raises:
             AssertionError: a part of the condition is missing (the published error class).
-            ValueError: images of another size, or of the wrong number of channels in all.
+            ValueError: images of another size, or of the wrong number of channels in all; contexts of different widths.
         """
         route = ROUTES[self.conditioning_key]
         given: dict[str, Any] = {"c_concat": c_concat, "c_crossattn": c_crossattn, "c_adm": c_adm}
@@ -90,13 +91,21 @@ class DiffusionWrapper(nn.Module):
         arguments: dict[str, Any] = {}
         if route.context:
             contexts = list(given["c_crossattn"])
-            arguments["context"] = contexts if self.sequential_cross_attn else torch.cat(contexts, dim=1)
+            arguments["context"] = contexts if self.sequential_cross_attn else self._context(contexts)
         if route.y is not None:
             arguments["y"] = given["c_adm"] if route.y == "c_adm" else given["c_crossattn"][0]
         scripted: Any = getattr(self, "scripted_diffusion_model", None)
         if scripted is not None:
             return scripted(x, t, *arguments.values())
         return self.diffusion_model(x, t, **arguments)
+
+    def _context(self, contexts: Sequence[Tensor]) -> Tensor:
+        """Contexts in a row; the same tensor for the same contexts, so that layers need not compute its keys anew."""
+        if len({(*c.shape[:1], *c.shape[2:]) for c in contexts}) > 1:
+            raise ValueError(
+                f"c_crossattn {[tuple(c.shape) for c in contexts]} cannot be joined to one context: all need the same batch and width"
+            )
+        return contexts[0] if len(contexts) == 1 else once(self, lambda *c: torch.cat(c, dim=1), *contexts)
 
     def _joined(self, x: Tensor, images: Sequence[Tensor]) -> Tensor:
         shapes = [tuple(c.shape) for c in images]

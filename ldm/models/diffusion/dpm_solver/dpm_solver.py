@@ -22,6 +22,7 @@ from ldm.models.diffusion.dpm_solver.multistep import (
 )
 from ldm.models.diffusion.dpm_solver.schedule import NoiseScheduleVP, interpolate_fn, model_wrapper
 from ldm.models.diffusion.sampling_util import append_dims as expand_dims
+from ldm.modules.prompt_cache import prompt_cache
 
 __all__ = ["DPM_Solver", "NoiseScheduleVP", "expand_dims", "interpolate_fn", "model_wrapper"]
 
@@ -362,6 +363,7 @@ class DPM_Solver:
         return (*shares, None, None)[:2]  # type: ignore[return-value]
 
     @torch.no_grad()
+    @prompt_cache()
     def sample(
         self,
         x: Tensor,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ldm.models.diffusion.dpm_solver.dpm_solver import DPM_Solver
 from ldm.models.diffusion.dpm_solver.multistep import FEW_STEPS, SOLVER_TYPES, DPMRule, Multistep, Rule
 from ldm.models.diffusion.dpm_solver.schedule import TO_DATA, TO_NOISE, NoiseScheduleVP, Point
-from ldm.models.diffusion.sampler import LatentSampler, one_run
+from ldm.models.diffusion.sampler import LatentSampler
 from ldm.models.diffusion.sampling_util import (
     FiniteWatch,
     draw,
@@ -23,6 +23,7 @@ from ldm.models.diffusion.sampling_util import (
     sources,
     trailing_timesteps,
 )
+from ldm.modules.prompt_cache import prompt_cache
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ class DPMSolverSampler(SolverSampler):
 
         return DPM_Solver(noise, self.noise_schedule, self.rule.predict_x0)
 
-    @one_run
+    @prompt_cache()
     def _adaptive(
         self,
         cond: Any,

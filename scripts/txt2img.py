@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,41 +22,13 @@ from pytorch_lightning import seed_everything
 from tqdm import trange
 
 from ldm import inference
+from ldm.inference_images import Gallery, described, report
+from scripts import flags
 from taming.checkpoint import load_model_from_config
 
 __all__ = ["load_model_from_config", "main"]
 
-# The published scripts differ in their defaults; a configuration's path says which one it belongs to.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "v2": {
-        "prompt": "a professional photograph of an astronaut riding a triceratops",
-        "steps": 50,
-        "n_iter": 3,
-        "n_samples": 3,
-        "scale": 9.0,
-    },
-    "v1": {
-        "prompt": "a painting of a virus monster playing guitar",
-        "steps": 50,
-        "n_iter": 2,
-        "n_samples": 3,
-        "scale": 7.5,
-    },
-    "txt2img-1p4B": {
-        "prompt": "a painting of a virus monster playing guitar",
-        "steps": 200,
-        "n_iter": 1,
-        "n_samples": 4,
-        "scale": 5.0,
-    },
-    "own": {"prompt": "red heart", "steps": 50, "n_iter": 1, "n_samples": 4, "scale": 3.0},
-}
-PUBLISHED_V1 = ("configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt")
-LAION400M = (
-    "configs/latent-diffusion/txt2img-1p4B-eval.yaml",
-    "models/ldm/text2img-large/model.ckpt",
-    "outputs/txt2img-samples-laion400m",
-)
+Prepare = Callable[[Any, argparse.Namespace], dict[str, Any]]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -63,26 +36,22 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    prompt = parser.add_argument_group("prompt")
-    prompt.add_argument("--prompt", nargs="?", help="what to draw")
-    prompt.add_argument("--negative_prompt", default="", help="what guidance leads away from")
+    prompt = flags.add_text_arguments(parser)
     prompt.add_argument("--from-file", dest="from_file", help="read prompts from this file, one a line")
     prompt.add_argument("--repeat", type=int, default=1, help="how often to repeat each prompt of the file")
+    prompt.add_argument(
+        "--prompt_weights",
+        action="store_true",
+        help="brackets weigh words: (red:1.3), for encoders of the CLIP family",
+    )
+    prompt.add_argument(
+        "--windows",
+        type=int,
+        help="read prompts of so many times 75 tokens, for encoders of the CLIP family",
+    )
 
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--ckpt", help="a training run's folder (logs/…), or a checkpoint; default: the newest run in logs/"
-    )
-    model.add_argument("--config", help="configuration of the checkpoint; default: the one that lies with it")
+    model = flags.add_model_arguments(parser)
     model.add_argument("--laion400m", action="store_true", help="the text2img-large model")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    model.add_argument(
-        "--precision",
-        choices=["full", "autocast"],
-        default="autocast",
-        help="half precision on a GPU, or none",
-    )
-    model.add_argument("--bf16", action="store_true", help="bfloat16 instead")
     model.add_argument("--torchscript", action="store_true", help="accepted and not needed any more")
     model.add_argument("--ipex", action="store_true", help="accepted and not needed any more")
 
@@ -97,9 +66,21 @@ def get_parser() -> argparse.ArgumentParser:
         "--ddim_eta", type=float, default=0.0, help="noise of DDIM, 0 for deterministic sampling"
     )
     sampling.add_argument(
-        "--scale", type=float, help="guidance: ê = e(uncond) + scale · (e(cond) - e(uncond))"
+        "--guidance_rescale",
+        type=float,
+        default=0.0,
+        help="share of the contrast that guidance adds to take away again, 0 to 1",
     )
-    sampling.add_argument("--seed", type=int, default=42, help="for reproducible pictures")
+    sampling.add_argument(
+        "--time_spacing",
+        choices=["uniform", "trailing"],
+        help="which steps to visit; trailing begins with the last training step",
+    )
+    sampling.add_argument(
+        "--seed_per_image",
+        action="store_true",
+        help="the i-th picture has the seed SEED + i, whatever the batch size",
+    )
     sampling.add_argument("--fixed_code", action="store_true", help="the same starting noise for every batch")
 
     tokens = parser.add_argument_group("sampling with a token transformer")
@@ -115,38 +96,8 @@ def get_parser() -> argparse.ArgumentParser:
     size.add_argument("--C", type=int, help="channels of the latents; default: the model's")
     size.add_argument("--f", type=int, help="factor of the first stage; default: the model's")
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--outdir", help="folder for the pictures; default: outputs/txt2img-samples")
-    output.add_argument("--n_samples", type=int, help="pictures a batch (and a prompt, without a file)")
-    output.add_argument("--n_iter", type=int, help="how often to go through the prompts")
-    output.add_argument("--n_rows", type=int, default=0, help="columns of the grid; default: n_samples")
-    output.add_argument("--skip_grid", action="store_true", help="no grid")
-    output.add_argument("--skip_save", action="store_true", help="no single pictures")
+    flags.add_output_arguments(parser, None)
     return parser
-
-
-def fill_defaults(opt: argparse.Namespace) -> None:
-    """Settle on a model, and on the defaults of the script that it was published with."""
-    if opt.laion400m:
-        config, ckpt, outdir = LAION400M
-        opt.config, opt.ckpt, opt.outdir = opt.config or config, opt.ckpt or ckpt, opt.outdir or outdir
-    if opt.ckpt is None:
-        published = Path(PUBLISHED_V1[1])
-        runs = sorted(Path("logs").glob("*/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if opt.config is None and runs:
-            opt.ckpt = str(runs[-1].parents[1])
-            logging.info("Sampling from the newest run: %s", opt.ckpt)
-        elif published.is_file():
-            opt.config, opt.ckpt = opt.config or PUBLISHED_V1[0], str(published)
-        else:
-            raise inference.InferenceError(
-                f"name a model with --ckpt: a training run's folder or a checkpoint (there is none in logs/, nor at {published})"
-            )
-    opt.outdir = opt.outdir or "outputs/txt2img-samples"
-    family = next((name for name in FAMILIES if opt.config and name in Path(opt.config).stem), "own")
-    for key, value in FAMILIES[family].items():
-        if getattr(opt, key) is None:
-            setattr(opt, key, value)
 
 
 class LatentArtist:
@@ -162,20 +113,24 @@ class LatentArtist:
     """
 
     def __init__(self, model: Any, opt: argparse.Namespace, device: torch.device) -> None:
-        self.model, self.opt, self.device = model, opt, device
-        flow = model.parameterization == "flow"
-        name = opt.sampler or ("plms" if opt.plms else "dpm" if opt.dpm else "flow" if flow else "ddim")
-        self.sampler = inference.SAMPLERS[name](model)
-        size, factor = inference.image_size(model)
-        factor = opt.f or factor
-        height, width, channels = opt.H or size, opt.W or size, opt.C or model.channels
-        if height % factor or width % factor:
+        if opt.seed_per_image and opt.fixed_code:
             raise inference.InferenceError(
-                f"--H {height} --W {width}: both must be multiples of {factor}, the factor of the first stage"
+                "--seed_per_image gives each picture its own noise, --fixed_code all batches the same; choose one"
             )
-        self.shape = (channels, height // factor, width // factor)
-        self.details = {"sampler": name, "steps": opt.steps, "eta": opt.ddim_eta, "size": f"{width}x{height}"}
+        self.model, self.opt, self.device = model, opt, device
+        name, self.sampler = inference.make_sampler(
+            model, opt.sampler or ("plms" if opt.plms else "dpm" if opt.dpm else None)
+        )
+        self.shape = inference.latent_shape(model, opt.H, opt.W, opt.C, opt.f)
+        _, factor = inference.image_size(model)
+        height, width = (side * (opt.f or factor) for side in self.shape[1:])
+        self.spacing = opt.time_spacing or "uniform"
+        self.details = {
+            "sampler": name, "steps": opt.steps, "eta": opt.ddim_eta, "time_spacing": self.spacing,
+            "guidance_rescale": opt.guidance_rescale, "size": f"{width}x{height}",
+        }  # fmt: skip
         self.start: torch.Tensor | None = None
+        self.drawn = 0
 
     def begin(self) -> None:
         """Draw the starting noise that `--fixed_code` shares between batches."""
@@ -185,8 +140,11 @@ class LatentArtist:
     def draw(self, prompts: list[str]) -> torch.Tensor:
         """Images (b, 3, h, w) in [0, 1]."""
         opt, x_T = self.opt, None if self.start is None else self.start[: len(prompts)]
+        first, self.drawn = self.drawn, self.drawn + len(prompts)
+        seeds = [opt.seed + i for i in range(first, self.drawn)] if opt.seed_per_image else None
         return inference.sample_text(
-            self.model, self.sampler, prompts, opt.steps, self.shape, opt.scale, opt.ddim_eta, x_T, opt.negative_prompt
+            self.model, self.sampler, prompts, opt.steps, self.shape, opt.scale, opt.ddim_eta, x_T, opt.negative_prompt,
+            generator=seeds, guidance_rescale=opt.guidance_rescale, time_spacing=self.spacing,
         )  # fmt: skip
 
 
@@ -204,7 +162,10 @@ class TokenArtist:
 
     def __init__(self, model: Any, opt: argparse.Namespace, device: torch.device) -> None:
         self.model, self.opt = model, opt
-        foreign = ["sampler", "plms", "dpm", "fixed_code", "negative_prompt", "H", "W", "C", "f"]
+        foreign = [
+            "lora", "sampler", "plms", "dpm", "fixed_code", "negative_prompt", "H", "W", "C", "f", "guidance_rescale", "time_spacing",
+            "seed_per_image",
+        ]  # fmt: skip
         if given := [name for name in foreign if getattr(opt, name)]:
             raise inference.InferenceError(
                 f"--{given[0]} is for diffusion models; this is a token transformer, which takes --top_k, --top_p, --temperature"
@@ -237,66 +198,54 @@ class TokenArtist:
         return ((images.float() + 1.0) / 2.0).clamp(0.0, 1.0)
 
 
-def run(opt: argparse.Namespace) -> list[Path]:
-    """Load, sample, save; returns the pictures' paths."""
-    fill_defaults(opt)
+def encoder_options(opt: argparse.Namespace) -> list[str]:
+    """What the flags say about reading prompts, as overrides of the configuration."""
+    given = {"prompt_weights": opt.prompt_weights or None, "windows": opt.windows}
+    where = "model.params.cond_stage_config.params"
+    return [f"{where}.{name}={value}" for name, value in given.items() if value is not None]
+
+
+def run(opt: argparse.Namespace, prepare: Prepare | None = None) -> Gallery:
+    """Load, sample, save.
+
+    Args:
+        opt: the flags.
+        prepare: called with the loaded model and the flags; what it returns is noted in the pictures.
+    """
+    flags.fill_defaults(opt)
     for flag in ("torchscript", "ipex"):
         if getattr(opt, flag):
             logging.warning("--%s has no effect: PyTorch's own kernels do its work now", flag)
     device = inference.choose_device(opt.device)
-    model, path, _ = inference.load_model(opt.ckpt, opt.config, device)
+    model, path, _ = inference.load_model(opt.ckpt, opt.config, device, encoder_options(opt))
+    noted = prepare(model, opt) if prepare else {}
     inference.require_text(model)
     artist = (TokenArtist if hasattr(model, "transformer") else LatentArtist)(model, opt, device)
+    lora = flags.add_adapters(model, opt)
     batches = inference.read_prompts(opt.prompt, opt.from_file, opt.n_samples, opt.repeat)
-
-    outdir = Path(opt.outdir)
-    (outdir / "samples").mkdir(parents=True, exist_ok=True)
-    number = inference.next_number(outdir / "samples", r"(\d+)\.png")
-    common = {
-        "seed": opt.seed, **artist.details, "scale": opt.scale, "checkpoint": path.name, "checkpoint_sha256": inference.file_hash(path),
-        "software": "latent-generative-models",
-    }  # fmt: skip
+    common = described(
+        path, negative_prompt=opt.negative_prompt, seed=opt.seed, **artist.details, **noted, scale=opt.scale, config=opt.config,
+        lora=lora,
+    )  # fmt: skip
+    gallery = Gallery(opt.outdir, common, opt.n_rows or opt.n_samples, not opt.skip_save, not opt.skip_grid)
     # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
     seed_everything(opt.seed, verbose=False)
     artist.begin()
-    saved, images = [], []
     with inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope():
-        for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
-            for prompts in batches:
-                made = artist.draw(prompts)
-                for prompt, image in zip(prompts, made, strict=True):
-                    images.append(image)
-                    if not opt.skip_save:
-                        target = outdir / "samples" / f"{number:05}.png"
-                        details = {
-                            "prompt": prompt,
-                            "negative_prompt": opt.negative_prompt,
-                            "index": len(images) - 1,
-                            **common,
-                        }
-                        inference.save_png(inference.to_image(image), target, details)
-                        saved.append(target)
-                        number += 1
-    if not opt.skip_grid:
-        grid = outdir / "grid-{:04}.png".format(inference.next_number(outdir, r"grid-(\d+)\.png"))
-        prompts = "\n".join(p for _ in range(opt.n_iter) for batch in batches for p in batch)
-        inference.save_grid(images, opt.n_rows or opt.n_samples, grid, {"prompts": prompts, **common})
-        saved.append(grid)
-    return saved
+        with gallery.until_stopped():
+            for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
+                for prompts in batches:
+                    for prompt, image in zip(prompts, artist.draw(prompts), strict=True):
+                        own = {"seed": opt.seed + gallery.count} if opt.seed_per_image else {}
+                        gallery.add(image, prompt, **own)
+        gallery.close()
+    return gallery
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     opt = get_parser().parse_args(argv)
-    try:
-        saved = run(opt)
-    except (inference.InferenceError, ValueError, FileNotFoundError) as error:
-        # the library's ValueErrors (sizes, step counts, checkpoints, configurations) are written for users
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(saved)} files in {opt.outdir}" + (f", the last is {saved[-1]}" if saved else ""))
-    return 0
+    return report(lambda: run(opt))
 
 
 if __name__ == "__main__":

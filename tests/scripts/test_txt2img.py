@@ -12,6 +12,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from ldm import inference
+from ldm.lora import inject
+from scripts import flags
+from taming.modules.ema import LitEma
 from taming.util import instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +43,12 @@ def run_folder(tmp_path, tiny):
     (folder / "configs").mkdir()
     OmegaConf.save(OmegaConf.create(config), folder / "configs" / "2026-project.yaml")
     model = instantiate_from_config(OmegaConf.create(config).model)
-    torch.nn.init.normal_(model.model.diffusion_model.out[2].weight, std=0.1)
-    model.model_ema.diffusion_modelout2weight.copy_(model.model.diffusion_model.out[2].weight.detach())
+    for parameter in model.model.parameters():
+        if (
+            parameter.ndim > 1 and not parameter.any()
+        ):  # an untrained network ends in zeros, and so does its attention
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.model_ema = LitEma(model.model)
     torch.save({"state_dict": model.state_dict(), "global_step": 1}, folder / "checkpoints" / "last.ckpt")
     return folder
 
@@ -85,7 +92,19 @@ def test_nothing_is_overwritten(txt2img, run_folder):
     assert sorted(p.name for p in Path("out").glob("grid*")) == [f"grid-{i:04}.png" for i in range(3)]
 
 
-@pytest.mark.parametrize("sampler", [[], ["--plms"], ["--dpm"], ["--dpm_solver"], ["--ddim_eta", "0.5"]])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        [],
+        ["--plms"],
+        ["--dpm"],
+        ["--dpm_solver"],
+        ["--sampler", "unipc"],
+        ["--sampler", "deis"],
+        ["--ddim_eta", "0.5"],
+        ["--time_spacing", "trailing", "--guidance_rescale", "0.7"],
+    ],
+)
 def test_the_same_seed_gives_the_same_pictures(txt2img, run_folder, sampler):
     pictures = []
     for out in ("a", "b", "c"):
@@ -93,6 +112,57 @@ def test_the_same_seed_gives_the_same_pictures(txt2img, run_folder, sampler):
         assert txt2img.main(["--prompt", "x", *BASE, "--outdir", out, "--seed", seed, *sampler]) == 0
         pictures.append(Image.open(f"{out}/samples/00000.png").tobytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_each_picture_can_have_a_seed_of_its_own_whatever_the_batch(txt2img, run_folder):
+    Path("prompts.txt").write_text("a\na\na\n")
+    for out, size in (("ones", "1"), ("twos", "2")):
+        flags = ["--from-file", "prompts.txt", *BASE, "--ddim_eta", "1", "--seed", "7", "--seed_per_image"]
+        assert txt2img.main([*flags, "--n_samples", size, "--outdir", out]) == 0
+    assert (
+        txt2img.main(
+            ["--prompt", "a", *BASE, "--ddim_eta", "1", "--seed", "9", "--seed_per_image", "--outdir", "last"]
+        )
+        == 0
+    )
+    ones, twos = (
+        [Image.open(p).tobytes() for p in sorted(Path(out, "samples").iterdir())] for out in ("ones", "twos")
+    )
+    assert ones == twos and len(set(ones)) == 3
+    # the third picture's seed, 7 + 2, alone gives it again
+    third = Image.open("ones/samples/00002.png")
+    assert third.text["seed"] == "9" and third.tobytes() == Image.open("last/samples/00000.png").tobytes()
+
+
+@pytest.mark.parametrize("flags", [["--time_spacing", "trailing"], ["--guidance_rescale", "0.7"]])
+def test_spacing_and_rescaled_guidance_change_the_picture_and_are_noted(txt2img, run_folder, flags):
+    for out, more in (("plain", []), ("other", flags)):
+        assert txt2img.main(["--prompt", "x", *BASE, "--steps", "3", "--outdir", out, *more]) == 0
+    plain, other = (Image.open(f"{out}/samples/00000.png") for out in ("plain", "other"))
+    assert plain.tobytes() != other.tobytes()
+    assert plain.text[flags[0][2:]] != other.text[flags[0][2:]] == flags[1]
+
+
+def test_weights_and_long_prompts_reach_encoders_that_read_them(txt2img, tmp_path, tiny):
+    sizes = {
+        "vocab_size": 600, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    clip = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {"version": sizes}}
+    config = tiny.latent_diffusion(cond_stage_config=clip, cond_stage_key="txt")
+    OmegaConf.save(OmegaConf.create({"model": config}), tmp_path / "config.yaml")
+    model = instantiate_from_config(OmegaConf.create(config))
+    for parameter in model.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.ckpt")
+
+    def drawn(prompt, out, *flags):
+        command = ["--ckpt", str(tmp_path), "--prompt", prompt, *BASE, "--outdir", out, *flags]
+        assert txt2img.main(command) == 0
+        return Image.open(f"{out}/samples/00000.png").tobytes()
+
+    assert drawn("a (cat:1.9)", "a") != drawn("a (cat:1.9)", "b", "--prompt_weights")
+    short, long = "cat " * 100, "cat " * 100 + "dog"
+    assert drawn(short, "c", "--windows", "3") != drawn(long, "d", "--windows", "3")
 
 
 def test_prompts_from_a_file_in_uneven_batches(txt2img, run_folder):
@@ -122,6 +192,8 @@ def test_other_sizes_and_skipped_outputs(txt2img, run_folder):
         (["--from-file", "absent.txt"], "there is no such file"),
         (["--config", "absent.yaml", "--ckpt", "{run}"], "--config absent.yaml"),
         (["--device", "tpu"], "this machine has"),
+        (["--windows", "2"], "no parameter 'windows'"),
+        (["--seed_per_image", "--fixed_code"], "choose one"),
         (["--steps", "5000"], "choose from 1 to 1000"),
     ],
 )
@@ -171,13 +243,13 @@ def test_latents_that_are_no_numbers_are_reported(txt2img, run_folder, monkeypat
 )
 def test_defaults_follow_the_configuration(txt2img, config, expected):
     opt = txt2img.get_parser().parse_args(["--ckpt", "x", *(["--config", config] if config else [])])
-    txt2img.fill_defaults(opt)
+    flags.fill_defaults(opt)
     assert (opt.steps, opt.n_iter, opt.n_samples, opt.scale) == expected
 
 
 def test_the_laion_switch_names_its_own_model(txt2img):
     opt = txt2img.get_parser().parse_args(["--laion400m"])
-    txt2img.fill_defaults(opt)
+    flags.fill_defaults(opt)
     assert opt.config.endswith("txt2img-1p4B-eval.yaml") and opt.outdir.endswith("laion400m")
 
 
@@ -194,3 +266,36 @@ def test_the_script_runs_as_a_program_from_any_folder(run_folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 files in out" in done.stdout
+
+
+def test_adapters_change_the_pictures_by_their_weight(txt2img, run_folder, tmp_path, capsys):
+    """Weight 0 draws what no file draws; two halves of a file add up to the whole."""
+    model, *_ = inference.load_model(str(run_folder), None, torch.device("cpu"))
+    lora = inject(model, rank=2, text_encoder=True)
+    for p in lora.parameters():
+        torch.nn.init.normal_(p)
+    lora.save("style.safetensors")
+    drawn = {}
+    for name, flags in {
+        "none": [], "zero": ["style.safetensors:0"], "one": ["style.safetensors"],
+        "halves": ["style.safetensors:0.5", "style.safetensors:0.5"],
+    }.items():  # fmt: skip
+        loras = [part for flag in flags for part in ("--lora", flag)]
+        assert (
+            txt2img.main(["--ckpt", str(run_folder), "--prompt", "x", *BASE, "--outdir", name, *loras]) == 0
+        )
+        picture = Image.open(f"{name}/samples/00000.png")
+        assert picture.text.get("lora", "") == ", ".join(flags)
+        drawn[name] = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int()
+    assert torch.equal(drawn["none"], drawn["zero"]) and not torch.equal(drawn["none"], drawn["one"])
+    assert (drawn["one"] - drawn["halves"]).abs().max() <= 1  # a rounding
+    assert (
+        txt2img.main(["--ckpt", str(run_folder), "--prompt", "x", *BASE, "--lora", "gone.safetensors:2"]) == 2
+    )
+    assert "There is no checkpoint gone.safetensors" in capsys.readouterr().err
+
+
+def test_a_colon_in_a_path_is_no_weight(txt2img):
+    split_weight = txt2img.flags.split_weight
+    assert split_weight("C:/style.safetensors") == ("C:/style.safetensors", 1.0)
+    assert split_weight("C:/style.safetensors:-0.5") == ("C:/style.safetensors", -0.5)

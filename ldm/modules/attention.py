@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import checkpoint, zero_module
+from ldm.modules.prompt_cache import once
 from taming.modules.attention import LinearAttention, attention
 from taming.modules.diffusionmodules.blocks import AttnBlock, Normalize
 from taming.util import default, exists
@@ -87,7 +88,8 @@ class CrossAttention(nn.Module):
     """Multi-head attention of tokens over a context, or over themselves without one.
 
     The environment variable ATTN_PRECISION=fp32, read at construction, computes attention in float32 even under
-    autocast, for weights whose scores overflow half precision.
+    autocast, for weights whose scores overflow half precision. Within `prompt_cache` (every run of a sampler), keys and values of a
+    context are computed once, unless the layer is being trained.
 
     Args:
         query_dim: width of the tokens, in and out.
@@ -130,23 +132,42 @@ class CrossAttention(nn.Module):
             (b, n, query_dim)
 
         Raises:
-            ValueError: a context of another width than the layer was built for.
+            ValueError: a context of another width or shape than the layer was built for, or none where it needs one.
         """
-        context = default(context, x)
-        if context.shape[-1] != self.to_k.in_features:
-            raise ValueError(
-                f"the context has width {context.shape[-1]}, but this cross-attention was built for context_dim={self.to_k.in_features}. "
-                "Is it the text encoder that the checkpoint was trained with?"
-            )
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        if mask is not None:
-            mask = rearrange(mask, "b ... -> b 1 1 (...)")
+        tokens = default(context, x)
+        if tokens.ndim != 3 or tokens.shape[-1] != self.to_k.in_features:
+            raise ValueError(self._misfit(context))
+        q = self.to_q(x)
+        if context is None or self.training:
+            k, v = self._keys_and_values(tokens)
+        else:
+            k, v = once(self, self._keys_and_values, context)
+        mask = self.broadcast_mask(mask)
         if self.precise:
             with torch.autocast(x.device.type, enabled=False):
                 out = attention(q.float(), k.float(), v.float(), self.heads, mask).to(q.dtype)
         else:
             out = attention(q, k, v, self.heads, mask)
         return self.to_out(out)
+
+    def _misfit(self, context: Tensor | None) -> str:
+        """Why a context cannot be looked at."""
+        wanted = f"this cross-attention was built for context_dim={self.to_k.in_features}"
+        if context is None:
+            return f"no context was given, but {wanted}; pass the encoded condition"
+        if context.ndim != 3:
+            return f"the context has the shape {tuple(context.shape)}, but {wanted}: (batch, tokens, {self.to_k.in_features})"
+        return (
+            f"the context has width {context.shape[-1]}, but {wanted}. "
+            "Is it the text encoder that the checkpoint was trained with?"
+        )
+
+    def broadcast_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The mask as `attention` wants it: broadcastable to (b, heads, n, m)."""
+        return mask if mask is None else rearrange(mask, "b ... -> b 1 1 (...)")
+
+    def _keys_and_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.to_k(tokens), self.to_v(tokens)
 
 
 class MemoryEfficientCrossAttention(CrossAttention):
@@ -164,9 +185,16 @@ class BasicTransformerBlock(nn.Module):
         gated_ff: gated feed-forward network.
         checkpoint: compute again in the backward pass instead of keeping intermediate results.
         disable_self_attn: the first attention looks at the context, too.
+        attn_mode: a name in ATTENTION_MODES, the table of attention layers.
+
+    Raises:
+        ValueError: unknown attn_mode.
     """
 
-    ATTENTION_MODES = {"softmax": CrossAttention, "softmax-xformers": MemoryEfficientCrossAttention}
+    ATTENTION_MODES: dict[str, Any] = {
+        "softmax": CrossAttention,
+        "softmax-xformers": MemoryEfficientCrossAttention,
+    }
 
     def __init__(
         self,
@@ -178,14 +206,25 @@ class BasicTransformerBlock(nn.Module):
         gated_ff: bool = True,
         checkpoint: bool = True,
         disable_self_attn: bool = False,
+        attn_mode: str = "softmax",
     ) -> None:
         super().__init__()
+        attend = self.attention_layer(attn_mode)
         self.disable_self_attn = disable_self_attn
         self.checkpoint = checkpoint
-        self.attn1 = CrossAttention(dim, context_dim if disable_self_attn else None, n_heads, d_head, dropout)
+        self.attn1 = attend(dim, context_dim if disable_self_attn else None, n_heads, d_head, dropout)
         self.ff = FeedForward(dim, dropout=dropout, glu=gated_ff)
-        self.attn2 = CrossAttention(dim, context_dim, n_heads, d_head, dropout)
+        self.attn2 = attend(dim, context_dim, n_heads, d_head, dropout)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    @classmethod
+    def attention_layer(cls, mode: str) -> Any:
+        """The attention layer of this name."""
+        if mode not in cls.ATTENTION_MODES:
+            raise ValueError(
+                f"attention mode {mode!r} is unknown; choose one of {sorted(cls.ATTENTION_MODES)}"
+            )
+        return cls.ATTENTION_MODES[mode]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(b, n, dim), context (b, m, context_dim) → (b, n, dim)."""
@@ -205,11 +244,14 @@ class SpatialTransformer(nn.Module):
         n_heads, d_head: heads and their width; the tokens are n_heads · d_head wide.
         depth: number of blocks.
         dropout: rate inside.
-        context_dim: width of the context, or a list with one for each block; None for no context.
+        context_dim: width of the context, or a list with one for each block (a list of equal ones may have any length); None for no
+            context.
         disable_self_attn: see `BasicTransformerBlock`.
         use_linear: project in and out with linear layers (SD v2) instead of 1×1 convolutions.
         use_checkpoint: see `BasicTransformerBlock`.
     """
+
+    wants: Mapping[str, str] = {}  # see `TimestepEmbedSequential`
 
     def __init__(
         self,
@@ -231,20 +273,36 @@ class SpatialTransformer(nn.Module):
         self.proj_in: nn.Module = (
             nn.Linear(in_channels, inner) if use_linear else nn.Conv2d(in_channels, inner, 1)
         )
+        if isinstance(context_dim, Sequence) and len(set(context_dim)) == 1:
+            context_dim = context_dim[0]
+        self.context_dims: list[int | None] = self._per_block(context_dim, depth, "context_dim")
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(
-                inner,
-                n_heads,
-                d_head,
-                dropout,
-                width,
-                checkpoint=use_checkpoint,
-                disable_self_attn=disable_self_attn,
-            )
-            for width in self._per_block(context_dim, depth, "context_dim")
+            self.make_block(inner, n_heads, d_head, dropout, width, use_checkpoint, disable_self_attn)
+            for width in self.context_dims
         )
         self.proj_out = zero_module(
             nn.Linear(inner, in_channels) if use_linear else nn.Conv2d(inner, in_channels, 1)
+        )
+
+    def make_block(
+        self,
+        dim: int,
+        n_heads: int,
+        d_head: int,
+        dropout: float,
+        context_dim: int | None,
+        use_checkpoint: bool,
+        disable_self_attn: bool,
+    ) -> nn.Module:
+        """A transformer block called with (tokens, context=…)."""
+        return BasicTransformerBlock(
+            dim,
+            n_heads,
+            d_head,
+            dropout,
+            context_dim,
+            checkpoint=use_checkpoint,
+            disable_self_attn=disable_self_attn,
         )
 
     @staticmethod
@@ -260,17 +318,22 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | Sequence[Tensor] | None = None) -> Tensor:
         """(b, c, h, w), context (b, m, context_dim) or a list of them → (b, c, h, w)."""
-        height, width = x.shape[-2:]
         contexts = self._per_block(context, len(self.transformer_blocks), "context")
-        h = self.norm(x)
-        if self.use_linear:
-            h = self.proj_in(rearrange(h, "b c h w -> b (h w) c"))
-        else:
-            h = rearrange(self.proj_in(h), "b c h w -> b (h w) c")
+        tokens = self.to_tokens(x)
         for block, block_context in zip(self.transformer_blocks, contexts, strict=True):
-            h = block(h, context=block_context)
+            tokens = block(tokens, context=block_context)
+        # in this order: the sum keeps the layout of x, where tokens left the map permuted
+        return x + self.to_map(tokens, x)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """(b, c, h, w), normalised and projected, → (b, h·w, n_heads · d_head)."""
+        x = self.norm(x)
         if self.use_linear:
-            h = rearrange(self.proj_out(h), "b (h w) c -> b c h w", h=height, w=width)
-        else:
-            h = self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height, w=width))
-        return x + h  # in this order: the sum keeps the layout of x, where tokens left h permuted
+            return self.proj_in(rearrange(x, "b c h w -> b (h w) c"))
+        return rearrange(self.proj_in(x), "b c h w -> b (h w) c")
+
+    def to_map(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """(b, h·w, n_heads · d_head), projected back, → (b, c, h, w), the shape of x."""
+        if self.use_linear:
+            return rearrange(self.proj_out(tokens), "b (h w) c -> b c h w", h=x.shape[-2])
+        return self.proj_out(rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[-2]))

@@ -24,8 +24,8 @@ def attention(
         k: keys, (b, m, heads * d).
         v: values, (b, m, heads * e).
         heads: number of heads.
-        mask: True where a query may look, broadcastable to (b, heads, n, m). A query that may look nowhere gets the
-            mean of all values.
+        mask: True where a query may look, or numbers to add to the scores; broadcastable to (b, heads, n, m). A query
+            that may look nowhere gets the mean of all values.
         causal: query i sees keys up to i only.
         dropout: share of the attention weights that are dropped, in [0, 1).
 
@@ -39,7 +39,9 @@ def attention(
     # not einops: drawing tokens one by one comes here with so little work that its 10 µs a call show
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (b, heads, n, d)
     bias = None
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():
+        bias = mask.to(q.dtype)
+    elif mask is not None:
         # a finite floor instead of -inf: a fully masked row stays a mean, never NaN
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
     if dropout == 0.0 and _explicit_is_faster(q, k, causal):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ldm.modules.attention import CrossAttention
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from taming.modules.diffusionmodules.blocks import (
+    ATTENTION_TYPES,
     AttnBlock,
     Downsample,
     LinAttnBlock,
@@ -45,6 +46,14 @@ class MemoryEfficientCrossAttentionWrapper(CrossAttention):
         """(b, c, h, w), and a context (b, n, context_dim) or None → (b, c, h, w)."""
         out = super().forward(rearrange(x, "b c h w -> b (h w) c"), context=context, mask=mask)
         return x + rearrange(out, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+def _over_pixels(in_channels: int, **options: Any) -> nn.Module:
+    return MemoryEfficientCrossAttentionWrapper(query_dim=in_channels, **options)
+
+
+# a name that configurations may give as attn_type; its layer is at home here, above the table's own package
+ATTENTION_TYPES["memory-efficient-cross-attn"] = _over_pixels
 
 
 class LatentRescaler(nn.Module):

@@ -22,7 +22,9 @@ from ldm.modules.diffusionmodules.unet_blocks import (
     QKVAttention,
     QKVAttentionLegacy,
     ResBlock,
+    Timestep,
     TimestepBlock,
+    TimestepEmbedSequential,
     TransposedUpsample,
     Upsample,
     count_flops_attn,
@@ -36,45 +38,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------- plumbing
-
-
-class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands the time embedding and the context to the layers that want them."""
-
-    def forward(self, x: Tensor, emb: Tensor, context: Any = None) -> Tensor:
-        """Apply the layers in order."""
-        for layer in self:
-            if isinstance(layer, TimestepBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
-            else:
-                x = layer(x)
-        return x
-
-
 def convert_module_to_f16(x: nn.Module) -> None:
     """Does nothing, as published: half precision comes from autocast or from `.half()`."""
 
 
 def convert_module_to_f32(x: nn.Module) -> None:
     """Does nothing, as published."""
-
-
-class Timestep(nn.Module):
-    """`timestep_embedding` as a module without weights."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, t: Tensor) -> Tensor:
-        """(b,) → (b, dim)."""
-        return timestep_embedding(t, self.dim)
-
-
-# ------------------------------------------------------------------------------------------------------------ networks
 
 
 class UNetBackbone(nn.Module):
@@ -86,7 +55,7 @@ class UNetBackbone(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | None,
         in_channels: int,
         model_channels: int,
         out_channels: int,
@@ -154,7 +123,7 @@ class UNetBackbone(nn.Module):
         self.emb_channels = model_channels * 4
         self.time_embed = self._two_layers(model_channels)
         if num_classes is not None:
-            self.label_emb = self._label_embedding(num_classes, adm_in_channels)
+            self.label_emb = self.make_label_embedding(num_classes, adm_in_channels)
         self._build_encoder()
         self._build_middle()
 
@@ -170,18 +139,15 @@ class UNetBackbone(nn.Module):
         )  # fmt: skip
 
     def make_attention(
-        self, channels: int, level: int, disable_self_attn: bool = False, upward: bool = False
+        self, channels: int, depth: int, disable_self_attn: bool = False, upward: bool = False
     ) -> nn.Module:
-        """An attention block called with x, or a transformer called with (x, context)."""
+        """An attention block called with x, or a transformer of `depth` blocks called with (x, context)."""
         if self.use_spatial_transformer:
             heads = self.num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
             width = (
                 channels // heads if self.legacy or self.num_head_channels == -1 else self.num_head_channels
             )
-            return SpatialTransformer(
-                channels, heads, width, depth=self.transformer_depth[level], context_dim=self.context_dim,
-                disable_self_attn=disable_self_attn, use_linear=self.use_linear_in_transformer, use_checkpoint=self.use_checkpoint,
-            )  # fmt: skip
+            return self.make_transformer(channels, heads, width, depth, disable_self_attn)
         # as published: without legacy, num_heads fixes the heads' width and with it the decoder's heads, too
         width = (
             self.num_head_channels
@@ -192,6 +158,19 @@ class UNetBackbone(nn.Module):
             channels, num_heads=self.num_heads_upsample if upward else self.num_heads, num_head_channels=width,
             use_checkpoint=self.use_checkpoint, use_new_attention_order=self.use_new_attention_order,
         )  # fmt: skip
+
+    def make_transformer(
+        self, channels: int, heads: int, width: int, depth: int, disable_self_attn: bool
+    ) -> nn.Module:
+        """A transformer called with (x, context)."""
+        return SpatialTransformer(
+            channels, heads, width, depth=depth, context_dim=self.context_dim, disable_self_attn=disable_self_attn,
+            use_linear=self.use_linear_in_transformer, use_checkpoint=self.use_checkpoint,
+        )  # fmt: skip
+
+    def make_middle_attention(self) -> nn.Module:
+        """What stands between the two residual blocks of the middle."""
+        return self.make_attention(self.width, self.transformer_depth[-1], self.disable_middle_self_attn)
 
     def make_resample(self, channels: int, up: bool) -> nn.Module:
         """A layer that doubles or halves the size."""
@@ -206,7 +185,8 @@ class UNetBackbone(nn.Module):
             linear(width, self.emb_channels), nn.SiLU(), linear(self.emb_channels, self.emb_channels)
         )
 
-    def _label_embedding(self, num_classes: int | str, adm_in_channels: int | None) -> nn.Module:
+    def make_label_embedding(self, num_classes: int | str, adm_in_channels: int | None) -> nn.Module:
+        """Labels to (b, 4 · model_channels)."""
         if isinstance(num_classes, int):
             return nn.Embedding(num_classes, self.emb_channels)
         if num_classes == "continuous":
@@ -228,7 +208,9 @@ class UNetBackbone(nn.Module):
         layers = [self.make_res_block(channels, out_channels)]
         if attends:
             layers.append(
-                self.make_attention(out_channels, level, self.disable_self_attentions[level], upward)
+                self.make_attention(
+                    out_channels, self.transformer_depth[level], self.disable_self_attentions[level], upward
+                )
             )
         return layers
 
@@ -254,9 +236,7 @@ class UNetBackbone(nn.Module):
     def _build_middle(self) -> None:
         self.middle_block = TimestepEmbedSequential(
             self.make_res_block(self.width, self.width),
-            self.make_attention(
-                self.width, level=len(self.channel_mult) - 1, disable_self_attn=self.disable_middle_self_attn
-            ),
+            self.make_middle_attention(),
             self.make_res_block(self.width, self.width),
         )
 
@@ -314,13 +294,13 @@ class UNetBackbone(nn.Module):
             emb = emb + self.label_emb(y if y.dtype in (torch.int64, torch.int32) else y.to(emb.dtype))
         return emb
 
-    def encode(self, h: Tensor, emb: Tensor, context: Any) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, h: Tensor, emb: Tensor, context: Any, **conditions: Any) -> tuple[Tensor, list[Tensor]]:
         """The middle's output, and those of the encoder's blocks."""
         skips = []
         for module in self.input_blocks:
-            h = module(h, emb, context)
+            h = module(h, emb, context, **conditions)
             skips.append(h)
-        return self.middle_block(h, emb, context), skips
+        return self.middle_block(h, emb, context, **conditions), skips
 
 
 class UNetModel(UNetBackbone):
@@ -365,7 +345,7 @@ class UNetModel(UNetBackbone):
 
     def __init__(
         self,
-        image_size: int,
+        image_size: int | None,
         in_channels: int,
         model_channels: int,
         out_channels: int,
@@ -397,10 +377,7 @@ class UNetModel(UNetBackbone):
         adm_in_channels: int | None = None,
         patch_size: int = 1,
     ) -> None:
-        if use_spatial_transformer and context_dim is None:
-            raise AssertionError("use_spatial_transformer needs context_dim, the width of the context")
-        if context_dim is not None and not use_spatial_transformer:
-            raise AssertionError("context_dim is only used with use_spatial_transformer=True")
+        self.check_context(use_spatial_transformer, context_dim)
         fold = patch_size**2
         super().__init__(
             image_size, in_channels * fold, model_channels, out_channels * fold, num_res_blocks, attention_resolutions, dropout,
@@ -422,6 +399,14 @@ class UNetModel(UNetBackbone):
                 normalization(model_channels * channel_mult[0]),
                 conv_nd(dims, model_channels * channel_mult[0], n_embed, 1),
             )
+
+    @staticmethod
+    def check_context(use_spatial_transformer: bool, context_dim: int | Sequence[int] | None) -> None:
+        """Raise AssertionError if one is set without the other."""
+        if use_spatial_transformer and context_dim is None:
+            raise AssertionError("use_spatial_transformer needs context_dim, the width of the context")
+        if context_dim is not None and not use_spatial_transformer:
+            raise AssertionError("context_dim is only used with use_spatial_transformer=True")
 
     def forward(
         self,
@@ -445,14 +430,20 @@ class UNetModel(UNetBackbone):
         Raises:
             ValueError: sizes that cannot be halved as often as the network does.
         """
+        return self.predict(x, timesteps, context, y)
+
+    def predict(
+        self, x: Tensor, timesteps: Tensor | None, context: Any, y: Tensor | None, **conditions: Any
+    ) -> Tensor:
+        """`forward`, with further conditions by name for the layers that want them."""
         if timesteps is None:
             raise ValueError("the UNet needs timesteps, (b,)")
         self._check_size(x)
         emb = self.embed(timesteps, y, x.shape[0])
         h = F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x
-        h, skips = self.encode(h.type(self.compute_dtype(x)), emb, context)
+        h, skips = self.encode(h.type(self.compute_dtype(x)), emb, context, **conditions)
         for module in self.output_blocks:
-            h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, context, **conditions)
         h = h.type(x.dtype) if x.dtype == torch.float32 and self.weight_dtype == torch.float32 else h
         if self.predict_codebook_ids:
             return self.id_predictor(h)

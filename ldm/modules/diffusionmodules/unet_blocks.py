@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.util import (
     avg_pool_nd,
     checkpoint,
     conv_nd,
     linear,
     normalization,
+    timestep_embedding,
     zero_module,
 )
 from taming.modules.attention import attention
@@ -26,16 +29,56 @@ from taming.modules.attention import attention
 class TimestepBlock(nn.Module):
     """A module whose forward takes the time embedding as its second argument."""
 
+    wants: Mapping[str, str] = {}  # see `TimestepEmbedSequential`
+
     @abstractmethod
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """(b, c, …) and (b, emb_channels) → (b, c', …)."""
+
+
+class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
+    """A sequence that hands each layer the conditions it wants.
+
+    Residual blocks (every `TimestepBlock`) get the time embedding, transformers the context. What else a layer wants stands in its
+    table `wants`: argument of its forward → name of the condition.
+    """
+
+    def forward(self, x: Tensor, emb: Tensor, context: Any = None, **conditions: Any) -> Tensor:
+        """Apply the layers in order."""
+        given = {"emb": emb, "context": context, **conditions}
+        for layer in self:
+            if isinstance(layer, TimestepEmbedSequential):
+                x = layer(x, emb, context, **conditions)
+            elif isinstance(layer, TimestepBlock):
+                x = layer(x, emb, **self._wanted(layer, given))
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context, **self._wanted(layer, given))
+            else:
+                x = layer(x)
+        return x
+
+    @staticmethod
+    def _wanted(layer: TimestepBlock | SpatialTransformer, given: Mapping[str, Any]) -> dict[str, Any]:
+        return {argument: given.get(name) for argument, name in layer.wants.items()}
+
+
+class Timestep(nn.Module):
+    """`timestep_embedding` as a module without weights."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(b,) → (b, dim)."""
+        return timestep_embedding(t, self.dim)
 
 
 # ---------------------------------------------------------------------------------------------------------- resampling
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour doubling, then a convolution of width 3 if `use_conv`.
+    """Nearest-neighbour enlargement, then a convolution if `use_conv`.
 
     Args:
         channels: channels in.
@@ -43,25 +86,36 @@ class Upsample(nn.Module):
         dims: 1, 2 or 3 axes; of three, the first keeps its size.
         out_channels: channels out; as in if None.
         padding: of the convolution.
+        third_up: enlarge the first of three axes, too.
+        kernel_size: of the convolution.
+        scale_factor: how much larger.
     """
 
     def __init__(
-        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+        self,
+        channels: int,
+        use_conv: bool,
+        dims: int = 2,
+        out_channels: int | None = None,
+        padding: int = 1,
+        third_up: bool = False,
+        kernel_size: int = 3,
+        scale_factor: int = 2,
     ) -> None:
         super().__init__()
         self.channels, self.out_channels = channels, out_channels or channels
         self.use_conv, self.dims = use_conv, dims
+        self.third_up, self.scale_factor = third_up, scale_factor
         if use_conv:
-            self.conv = conv_nd(dims, channels, self.out_channels, 3, padding=padding)
+            self.conv = conv_nd(dims, channels, self.out_channels, kernel_size, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, channels, …) → (b, out_channels, 2·…)."""
+        """(b, channels, …) → (b, out_channels, scale_factor·…)."""
         if x.shape[1] != self.channels:
             raise ValueError(f"Upsample was built for {self.channels} channels, not {x.shape[1]}")
-        if self.dims == 3:
-            x = F.interpolate(x, (x.shape[2], x.shape[3] * 2, x.shape[4] * 2), mode="nearest")
-        else:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        kept = int(self.dims == 3 and not self.third_up)
+        sizes = x.shape[2:]
+        x = F.interpolate(x, (*sizes[:kept], *(n * self.scale_factor for n in sizes[kept:])), mode="nearest")
         return self.conv(x) if self.use_conv else x
 
 
@@ -87,15 +141,22 @@ class Downsample(nn.Module):
         dims: 1, 2 or 3 axes; of three, the first keeps its size.
         out_channels: channels out; as in if None.
         padding: of the convolution.
+        third_down: halve the first of three axes, too.
     """
 
     def __init__(
-        self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None, padding: int = 1
+        self,
+        channels: int,
+        use_conv: bool,
+        dims: int = 2,
+        out_channels: int | None = None,
+        padding: int = 1,
+        third_down: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.out_channels = channels, out_channels or channels
         self.use_conv, self.dims = use_conv, dims
-        stride = (1, 2, 2) if dims == 3 else 2
+        stride = (1, 2, 2) if dims == 3 and not third_down else 2
         if use_conv:
             self.op = conv_nd(dims, channels, self.out_channels, 3, stride=stride, padding=padding)
         elif self.out_channels != channels:
@@ -123,11 +184,12 @@ class ResBlock(TimestepBlock):
         emb_channels: width of the time embedding.
         dropout: rate before the second convolution.
         out_channels: channels out; as in if None.
-        use_conv: where the widths differ, the shortcut is a convolution of width 3 instead of 1.
+        use_conv: where the widths differ, the shortcut is a convolution of width `kernel_size` instead of 1.
         use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added before it.
         dims: 1, 2 or 3 axes.
         use_checkpoint: compute again in the backward pass instead of keeping intermediate results.
         up, down: double or halve the size inside.
+        kernel_size: odd width of the convolutions, one number or one for each axis.
 
     Source: Dhariwal & Nichol 2021, section 3.
     """
@@ -144,16 +206,17 @@ class ResBlock(TimestepBlock):
         use_checkpoint: bool = False,
         up: bool = False,
         down: bool = False,
+        kernel_size: int | Sequence[int] = 3,
     ) -> None:
         super().__init__()
+        kernel = (kernel_size,) * dims if isinstance(kernel_size, int) else tuple(kernel_size)
+        conv = partial(conv_nd, dims, kernel_size=kernel, padding=tuple(k // 2 for k in kernel))
         self.channels, self.out_channels = channels, out_channels or channels
         self.emb_channels = emb_channels
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         self.updown = up or down
-        self.in_layers = nn.Sequential(
-            normalization(channels), nn.SiLU(), conv_nd(dims, channels, self.out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(normalization(channels), nn.SiLU(), conv(channels, self.out_channels))
         if self.updown:
             resample = Upsample if up else Downsample
             self.h_upd: nn.Module = resample(channels, False, dims)
@@ -167,12 +230,12 @@ class ResBlock(TimestepBlock):
             normalization(self.out_channels),
             nn.SiLU(),
             nn.Dropout(p=dropout),
-            zero_module(conv_nd(dims, self.out_channels, self.out_channels, 3, padding=1)),
+            zero_module(conv(self.out_channels, self.out_channels)),
         )
         if self.out_channels == channels:
             self.skip_connection: nn.Module = nn.Identity()
         elif use_conv:
-            self.skip_connection = conv_nd(dims, channels, self.out_channels, 3, padding=1)
+            self.skip_connection = conv(channels, self.out_channels)
         else:
             self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
 
@@ -184,8 +247,7 @@ class ResBlock(TimestepBlock):
         norm_swish, conv = self.in_layers[:-1], self.in_layers[-1]
         h = conv(self.h_upd(norm_swish(x)))
         x = self.x_upd(x)
-        shift = self.emb_layers(emb).type(h.dtype)
-        shift = shift.reshape(*shift.shape, *((1,) * (h.ndim - 2)))  # (b, c, 1, …)
+        shift = self.embed(emb, h)
         if self.use_scale_shift_norm:
             scale, shift = shift.chunk(2, dim=1)
             norm, rest = self.out_layers[0], self.out_layers[1:]
@@ -193,6 +255,11 @@ class ResBlock(TimestepBlock):
         else:
             h = self.out_layers(h + shift)
         return self.skip_connection(x) + h
+
+    def embed(self, emb: Tensor, h: Tensor) -> Tensor:
+        """What the time embedding adds to the features h, or scale and shift of their norm: (b, c, 1, …)."""
+        shift = self.emb_layers(emb).type(h.dtype)
+        return shift.reshape(*shift.shape, *((1,) * (h.ndim - shift.ndim)))
 
 
 def count_flops_attn(model: Any, _x: Any, y: Sequence[Tensor]) -> None:

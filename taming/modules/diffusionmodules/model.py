@@ -146,9 +146,10 @@ class Levels(nn.Module):
             yield block, stage.attn[i] if len(stage.attn) else None
 
     @staticmethod
-    def run_mid(mid: Any, h: Tensor, temb: Tensor | None) -> Tensor:
+    def run_mid(mid: Any, h: Tensor, temb: Tensor | None, **conditions: Any) -> Tensor:
         """Apply what `make_mid` made."""
-        return mid.block_2(mid.attn_1(mid.block_1(h, temb)), temb)
+        h = mid.attn_1(mid.block_1(h, temb, **conditions), **conditions)
+        return mid.block_2(h, temb, **conditions)
 
 
 class Encoder(Levels):
@@ -255,26 +256,30 @@ class Decoder(Levels):
         self.mid = self.make_mid(width)
         self.up, width = self.make_up(width)
         self.norm_out = Normalize(width)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.conv_out: Any = self.make_conv_out(width, out_ch)
+
+    def make_conv_out(self, channels: int, out_channels: int) -> nn.Module:
+        """The last layer."""
+        return nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def get_last_layer(self) -> Tensor:
         """The weight whose gradients balance the adversarial loss."""
         return self.conv_out.weight
 
-    def forward(self, z: Tensor) -> Tensor:
-        """(b, z_channels, h, w) → (b, out_ch, h·2^(levels-1), w·2^(levels-1))."""
+    def forward(self, z: Tensor, **conditions: Any) -> Tensor:
+        """(b, z_channels, h, w) → (b, out_ch, h·2^(levels-1), w·2^(levels-1)); conditions go to every block and to the last layer."""
         self.last_z_shape = z.shape
-        h = self.run_mid(self.mid, self.conv_in(z), None)
+        h = self.run_mid(self.mid, self.conv_in(z), None, **conditions)
         for i in reversed(range(self.num_resolutions)):
             stage: Any = self.up[i]
             for block, attend in self.steps(stage):
-                h = block(h, None)
-                h = attend(h) if attend is not None else h
+                h = block(h, None, **conditions)
+                h = attend(h, **conditions) if attend is not None else h
             if i != 0:
                 h = stage.upsample(h)
         if self.give_pre_end:
             return h
-        h = self.conv_out(nonlinearity(self.norm_out(h)))
+        h = self.conv_out(nonlinearity(self.norm_out(h)), **conditions)
         return torch.tanh(h) if self.tanh_out else h
 
 

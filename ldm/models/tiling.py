@@ -3,7 +3,8 @@
 Two ways, chosen by `Tiling.exact`:
 
 - *blended*: overlapping tiles go through the network one after the other and fade into each other. Memory depends on the
-  tile alone. Each tile normalises by its own statistics and attends to itself only, so the result is close, not equal.
+  tile alone. All tiles are normalised alike, by statistics of the picture shrunk to a tile, and each attends to itself only,
+  so the result is close, not equal.
 - *exact*: layer by layer over the whole feature map, in strips of rows. Normalisation uses the statistics of the whole
   map, convolutions see the rows above and below their strip, attention sees everything: equal to rounding. Memory is that
   of two feature maps, several times less than without strips, and grows with the picture.
@@ -11,6 +12,8 @@ Two ways, chosen by `Tiling.exact`:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -99,9 +102,9 @@ def _run(
             return by_strips(network, x, tiling.size**2)
     factor = 2 ** (network.num_resolutions - 1)
     step = max(1, tiling.size // factor)  # side of a tile of latents
-    return _by_tiles(
-        network, x, step, round(step * tiling.overlap), factor, grows=isinstance(network, Decoder)
-    )
+    grows = isinstance(network, Decoder)
+    with _shared_statistics(network, _shrunk(x, step, 1 if grows else factor)):
+        return _by_tiles(network, x, step, round(step * tiling.overlap), factor, grows)
 
 
 # ------------------------------------------------------------------------------------------------------------- tiles
@@ -133,6 +136,33 @@ def _spans(length: int, tile: int, overlap: int) -> Iterator[tuple[int, int, int
         yield start, end, before, after
 
 
+def _shrunk(x: Tensor, tile: int, unit: int) -> Tensor:
+    """x with its longer side that of a tile; sides are multiples of `unit`. Values are picked, for their mean would spread less."""
+    scale = tile / max(n // unit for n in x.shape[2:])
+    height, width = (max(1, round(n // unit * scale)) * unit for n in x.shape[2:])
+    return F.interpolate(x, size=(height, width), mode="nearest-exact")
+
+
+@contextlib.contextmanager
+def _shared_statistics(network: nn.Module, example: Tensor) -> Iterator[None]:
+    """Within, group normalisations use the statistics that they find in the example.
+
+    With statistics of its own, a plain tile would have another brightness than its neighbours.
+    """
+    with contextlib.ExitStack() as undo:
+
+        def fixed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+            factor, shift = _scale_and_shift(x, norm, x.shape[2] * x.shape[3])
+            norm.forward = lambda input: torch.addcmul(shift, input, factor)  # type: ignore[method-assign]
+            return norm.forward(x)
+
+        for norm in (m for m in network.modules() if isinstance(m, nn.GroupNorm)):
+            norm.forward = functools.partial(fixed, norm)  # type: ignore[method-assign]
+            undo.callback(delattr, norm, "forward")
+        network(example)
+        yield
+
+
 def _by_tiles(
     network: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, factor: int, grows: bool
 ) -> Tensor:
@@ -154,9 +184,9 @@ def _by_tiles(
         x.new_zeros(width * out_of),
     )  # of the weights; three tiles may meet
     for top, bottom, above, below in _spans(height, tile, overlap):
-        row = x[:, :, top * into : bottom * into if below else None]
+        row = x[:, :, top * into : bottom * into if bottom < height else None]
         for left, right, before, after in _spans(width, tile, overlap):
-            piece = network(row[..., left * into : right * into if after else None])
+            piece = network(row[..., left * into : right * into if right < width else None])
             if result is None:
                 result = piece.new_zeros(*piece.shape[:2], height * out_of, width * out_of)
             rows = _fade(piece.shape[2], above * out_of, below * out_of)[:, None].to(piece)

@@ -10,10 +10,7 @@ The three have the same weights and take turns in one run, so that a busy machin
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
+from scripts.benchmark.common import DTYPES, machine, measure, parser, start
 from taming.modules.transformer.cache import NextToken
 from taming.modules.transformer.mingpt import GPT, generate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # blocks, heads, channels, vocabulary
 MODELS: dict[str, tuple[int, int, int, int]] = {
     "tiny": (6, 8, 256, 1024),
@@ -90,20 +87,6 @@ class Uncached(nn.Module):
         return self.model(idx)[0], None
 
 
-def measure(calls: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, taken turn by turn after one round of warming up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def samplers(
     opt: argparse.Namespace, ours: GPT, peer: Any, prompt: Tensor
 ) -> dict[str, Callable[..., Tensor]]:
@@ -129,29 +112,17 @@ def samplers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=MODELS, default="tiny")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--compile", action="store_true", help="compile our one-token step (CUDA graphs)")
-    parser.add_argument("--top_k", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--skip_uncached", action="store_true", help="it is slow for large models")
-    opt = parser.parse_args()
-    torch.set_num_threads(opt.threads)
-    torch.manual_seed(0)
+    options = parser(__doc__, MODELS, "tiny", rounds=3)
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--tokens", type=int, default=256)
+    options.add_argument("--compile", action="store_true", help="compile our one-token step (CUDA graphs)")
+    options.add_argument("--top_k", type=int, default=100)
+    options.add_argument("--skip_uncached", action="store_true", help="it is slow for large models")
+    opt = start(options)
     ours, peer = (net.to(opt.device, DTYPES[opt.dtype]) for net in build(opt.model, opt.tokens))
-    machine = (
-        torch.cuda.get_device_name() if opt.device == "cuda" else platform.processor() or platform.machine()
-    )
     print(
-        f"{opt.model}: {sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters, {opt.tokens} tokens, {opt.dtype}, "
-        f"{machine}, {opt.threads} threads, torch {torch.__version__}{', compiled' if opt.compile else ''}"
+        f"{opt.model}: {sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters, {opt.tokens} tokens, "
+        f"{machine(opt)}{', compiled' if opt.compile else ''}"
     )
     for batch in opt.batch:
         prompt = torch.arange(batch, device=opt.device)[:, None]

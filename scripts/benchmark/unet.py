@@ -1,18 +1,17 @@
-"""The UNet beside diffusers': the same weights, the same inputs, turn by turn in one run.
+"""The UNet beside diffusers' and beside a plain softmax: the same weights, the same inputs, turn by turn in one run.
 
-    python scripts/benchmark/unet.py                        # the quickstart's geometry, on the CPU
+    python scripts/benchmark/unet.py                                             # the quickstart's geometry, on the CPU
+    python scripts/benchmark/unet.py --model v1 --batch 1 --rounds 3 --skip_training
     python scripts/benchmark/unet.py --model v1 --device cuda --dtype fp16
 
-Prints milliseconds a step (median), the ratio, and how far the outputs are apart. diffusers comes with the `dev` extra.
+Prints milliseconds a step (median), how many times faster ours is, and how far the outputs are apart. diffusers comes with the
+`dev` extra.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ import torch
 from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from scripts.benchmark.common import DTYPES, compared, machine, measure, parser, plain_softmax, start
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # channels of the first level, multiples, blocks a level, size of latents, width and length of the context, width of heads
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"ch": 64, "mult": [1, 2, 3], "blocks": 2, "size": 16, "context": (256, 24), "head": 32},
@@ -33,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def build(name: str) -> tuple[nn.Module, nn.Module]:
-    """Ours and diffusers', with the same random weights."""
+    """Ours and diffusers', sharing the same random weights."""
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -56,81 +55,80 @@ def build(name: str) -> tuple[nn.Module, nn.Module]:
         up_block_types=["UpBlock2D" if plain_end else "CrossAttnUpBlock2D"] + ["CrossAttnUpBlock2D"] * last,
     )  # fmt: skip
     weights = {f"model.diffusion_model.{k}": v for k, v in ours.state_dict().items()}
-    peer.load_state_dict(convert_ldm_unet_checkpoint(weights, dict(peer.config)))
+    peer.load_state_dict(
+        convert_ldm_unet_checkpoint(weights, dict(peer.config)), assign=True
+    )  # one copy in memory
     return ours, peer
 
 
-def measure(steps: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, taken turn by turn so that a busy machine slows all alike."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if i >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+@torch.no_grad()
+def draw(opt: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, times and contexts."""
+    m = MODELS[opt.model]
+    x = torch.randn(opt.batch, 4, m["size"], m["size"])
+    t, context = (
+        torch.randint(0, 1000, (opt.batch,)),
+        torch.randn(opt.batch, m["context"][1], m["context"][0]),
+    )
+    return x.to(opt.device), t.to(opt.device), context.to(opt.device)
+
+
+def training(
+    opt: argparse.Namespace, nets: dict[str, nn.Module], calls: dict[str, Callable[..., Any]]
+) -> None:
+    """Forward and backward pass."""
+    x, t, context = draw(opt)
+    dtype = DTYPES[opt.dtype]
+
+    def step(name: str) -> None:
+        nets[name].zero_grad(set_to_none=True)
+        with torch.autocast(opt.device, dtype=dtype, enabled=dtype != torch.float32):
+            loss = calls[name](x, t, context).float().square().mean()
+        loss.backward()
+
+    seconds = measure({name: lambda name=name: step(name) for name in nets}, opt.rounds, opt.device)
+    print(f"  training step: {compared(seconds)}", flush=True)
+
+
+@torch.no_grad()
+def inference(
+    opt: argparse.Namespace, nets: dict[str, nn.Module], calls: dict[str, Callable[..., Any]]
+) -> None:
+    """Forward pass, the plain softmax included."""
+    x, t, context = draw(opt)
+    x, context = (a.to(DTYPES[opt.dtype]) for a in (x, context))
+    for net in nets.values():
+        net.eval().requires_grad_(False).to(DTYPES[opt.dtype])
+
+    def plain() -> torch.Tensor:
+        with plain_softmax():
+            return calls["ours"](x, t, context)
+
+    ways = {name: lambda call=call: call(x, t, context) for name, call in calls.items()} | {
+        "plain softmax": plain
+    }
+    first, second, _ = (way().float() for way in ways.values())
+    print(f"  inference: {compared(measure(ways, opt.rounds, opt.device))}")
+    apart = float((first - second).abs().max() / second.std())
+    print(f"  largest difference of the outputs: {apart:.1e} of their deviation")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=MODELS, default="small")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="autocast while training, weights otherwise"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--skip_training", action="store_true")
-    opt = parser.parse_args()
-    torch.set_num_threads(opt.threads)
-    torch.manual_seed(0)
-    dtype, m = DTYPES[opt.dtype], MODELS[opt.model]
+    options = parser(__doc__, MODELS, "small", rounds=10)
+    options.add_argument("--batch", type=int, default=8)
+    options.add_argument("--skip_training", action="store_true")
+    opt = start(options)
     ours, peer = (net.to(opt.device) for net in build(opt.model))
-    x = torch.randn(opt.batch, 4, m["size"], m["size"], device=opt.device)
-    t = torch.randint(0, 1000, (opt.batch,), device=opt.device)
-    context = torch.randn(opt.batch, m["context"][1], m["context"][0], device=opt.device)
-    calls: dict[str, Callable[..., torch.Tensor]] = {
-        "ours": lambda x, c: ours(x, t, context=c),
-        "diffusers": lambda x, c: peer(x, t, c).sample,
+    size = sum(p.numel() for p in ours.parameters()) / 1e6
+    print(f"{opt.model}: {size:.1f} M parameters, batch {opt.batch}, {machine(opt)}", flush=True)
+    nets = {"ours": ours, "diffusers": peer}
+    calls: dict[str, Callable[..., Any]] = {
+        "ours": lambda x, t, c: ours(x, t, context=c),
+        "diffusers": lambda x, t, c: peer(x, t, c).sample,
     }
-    machine = (
-        torch.cuda.get_device_name() if opt.device == "cuda" else platform.processor() or platform.machine()
-    )
-    print(
-        f"{opt.model}: {sum(p.numel() for p in ours.parameters()) / 1e6:.1f} M parameters, batch {opt.batch}, {opt.dtype}, "
-        f"{machine}, {opt.threads} threads, torch {torch.__version__}"
-    )
-
-    def training(call: Callable[..., torch.Tensor], net: nn.Module) -> None:
-        net.zero_grad(set_to_none=True)
-        with torch.autocast(opt.device, dtype=dtype, enabled=dtype != torch.float32):
-            loss = call(x, context).float().square().mean()
-        loss.backward()
-
-    results = {}
     if not opt.skip_training:
-        steps = {k: lambda k=k, n=n: training(calls[k], n) for k, n in (("ours", ours), ("diffusers", peer))}
-        results["training step"] = measure(steps, opt.rounds, opt.device)
-    ours.eval().requires_grad_(False).to(dtype)
-    peer.eval().requires_grad_(False).to(dtype)
-    with torch.no_grad():
-        inference = {k: lambda call=call: call(x.to(dtype), context.to(dtype)) for k, call in calls.items()}
-        first, second = (f().float() for f in inference.values())
-        results["inference"] = measure(inference, opt.rounds, opt.device)
-    for what, seconds in results.items():
-        print(
-            f"  {what}: ours {seconds['ours'] * 1e3:.1f} ms, diffusers {seconds['diffusers'] * 1e3:.1f} ms, "
-            f"ratio {seconds['ours'] / seconds['diffusers']:.2f}"
-        )
-    print(
-        f"  largest difference of the outputs: {float((first - second).abs().max() / second.std()):.1e} of their deviation"
-    )
+        training(opt, nets, calls)
+    inference(opt, nets, calls)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ldm.models.autoencoder import AutoencoderKL, VQModelInterface
-from ldm.models.tiling import Tiling, tile_starts
+from ldm.models.tiling import Tiling, _shared_statistics, _shrunk, tile_starts
 
 DDCONFIG = {
     "double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2, 1],
@@ -128,3 +128,27 @@ def test_blended_tiles_pass_gradients_and_exact_ones_say_that_they_do_not(kl):
 def test_impossible_tiles_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Tiling(**options)
+
+
+def test_tiles_without_overlap_lie_side_by_side(kl):
+    """Also where sides are multiples of a tile's, so that each but the first begins where another ends."""
+    kl.enable_tiling(size=32, overlap=0.0)
+    assert kl.decode(torch.randn(1, 4, 16, 24)).shape[2:] == (64, 96)
+    assert kl.encode(torch.randn(1, 3, 64, 96)).mode().shape[2:] == (16, 24)
+
+
+def test_neighbouring_tiles_agree_where_they_overlap():
+    """With shared statistics and no attention a pixel depends on its surroundings only, whichever tile it is in: no seam."""
+    model = AutoencoderKL({**DDCONFIG, "attn_type": "none", "attn_resolutions": []}, IDENTITY, embed_dim=4)
+    decoder = model.eval().requires_grad_(False).decoder
+    z = torch.randn(1, 4, 16, 64)
+    z[..., 32:] = 0.5
+
+    def differences():
+        left, right = decoder(z[..., :48])[..., 124:132], decoder(z[..., 16:])[..., 60:68]
+        return float((left - right).abs().max() / left.std())
+
+    assert differences() > 1e-2  # statistics of their own
+    with _shared_statistics(decoder, _shrunk(z, 48, 1)):
+        assert differences() < 1e-4
+    assert not any("forward" in vars(m) for m in decoder.modules())  # as they were

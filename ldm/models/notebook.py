@@ -17,7 +17,7 @@ from ldm.models.diffusion.latent_space import LatentSpace
 from ldm.models.diffusion.sampling_util import Noise
 from ldm.models.diffusion.wrapper import ROUTES
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
-from taming.data.images import open_rgb
+from taming.data.images import as_rgb, open_rgb
 
 TEXT_GUIDANCE = 7.5
 SHORT_CALL = {"prompt", "condition", "num_steps", "guidance_scale", "num_images"}
@@ -333,7 +333,7 @@ class NotebookCalls(LatentSpace):
             return image.reshape(1, *image.shape[-3:]).to(self.device, torch.float32)
         from ldm.inference_images import shrunk_to_step, size_step, to_pixels
 
-        opened = image.convert("RGB") if isinstance(image, Image.Image) else open_rgb(image)
+        opened = as_rgb(image) if isinstance(image, Image.Image) else open_rgb(image)
         return to_pixels(shrunk_to_step(opened, size_step(self))).to(self.device)
 
 

@@ -63,6 +63,8 @@ class DataModuleFromConfig(pl.LightningDataModule):
         use_worker_init_fn: see `worker_init_fn`; iterable data with `valid_ids` always gets it.
     """
 
+    collate = staticmethod(custom_collate)
+
     def __init__(
         self,
         batch_size: int,
@@ -121,7 +123,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             num_workers=self._processes,
-            collate_fn=custom_collate,
+            collate_fn=self.collate,
             shuffle=shuffle and not iterable,
             worker_init_fn=worker_init_fn if own_seeds else None,
             persistent_workers=self._processes > 0,

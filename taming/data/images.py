@@ -59,16 +59,21 @@ def open_rgb(
     """
     with _decoding(source), Image.open(source) as opened:
         opened.load()
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I"):
-            # 16 or 32 bits of grey: PIL's own conversion would clip them instead of scaling
-            grey = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((grey * min(1.0, 255 / max(grey.max(), 1.0))).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            canvas = Image.new("RGBA", image.size, (*background, 255))
-            image = Image.alpha_composite(canvas, image)
-        return image.convert("RGB")
+        return as_rgb(opened, background)
+
+
+def as_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """A picture of any mode as RGB, upright, with transparent parts over a background colour."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        # 16 or 32 bits of grey: PIL's own conversion would clip them instead of scaling
+        grey = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((grey * min(1.0, 255 / max(grey.max(), 1.0))).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
 
 
 def open_stored(path: str | os.PathLike[str], mode: str) -> np.ndarray:

@@ -61,3 +61,25 @@ class ZeroSampler:
         """Noise levels (n_samples,)."""
         drawn = torch.randn(n_samples)  # as published: what is drawn after it keeps its place
         return torch.full_like(default(rand, drawn), 1e-5)
+
+
+class ClipSampling:
+    """One noise level for all frames of a clip.
+
+    Args:
+        sampler_config: of what draws it.
+        num_frames: of a clip.
+    """
+
+    def __init__(self, sampler_config: Any, num_frames: int) -> None:
+        self.sampler, self.num_frames = instantiate_from_config(sampler_config), num_frames
+
+    def __call__(self, n_samples: int, rand: Tensor | None = None) -> Tensor:
+        """Noise levels (n_samples,) of the frames of clips, one clip after another; `rand` is for clips.
+
+        Raises:
+            ValueError: frames that do not make whole clips.
+        """
+        if n_samples % self.num_frames:
+            raise ValueError(f"{n_samples} frames are no whole clips of {self.num_frames}")
+        return self.sampler(n_samples // self.num_frames, rand).repeat_interleave(self.num_frames)

@@ -16,12 +16,12 @@ LAYOUTS = ("objects_bbox", "objects_center_points")
 PUBLISHED_FONT = Path("data/DejaVuSans.ttf")  # where the originals looked, relative to the working directory
 
 
-def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Tensor:
+def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str | Sequence[str]], size: int = 10) -> Tensor:
     """Pictures of captions: black on white, broken into lines of 40 characters per 256 pixels.
 
     Args:
         wh: width and height.
-        xc: captions.
+        xc: captions, each a string or several, of which the first is drawn.
         size: of the font, in pixels.
 
     Returns:
@@ -34,7 +34,8 @@ def log_txt_as_img(wh: tuple[int, int], xc: Sequence[str], size: int = 10) -> Te
     )
     length = max(1, int(40 * (wh[0] / 256)))
     pictures = []
-    for caption in xc:
+    for given in xc:
+        caption = given if isinstance(given, str) else next(iter(given), "")
         page = Image.new("RGB", (wh[0], wh[1]), color="white")
         lines = "\n".join(caption[start : start + length] for start in range(0, len(caption), length))
         draw = ImageDraw.Draw(page)

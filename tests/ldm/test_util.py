@@ -14,6 +14,8 @@ def test_captions_become_black_on_white_pictures():
     ink = (pictures < 0).flatten(1).sum(1)
     assert ink[0] == 0 < ink[1] < ink[2]
     assert pictures.min() == -1.0 and pictures.max() == 1.0
+    several = log_txt_as_img((128, 64), [["red heart", "the same in other words"], ()])  # the first is drawn
+    assert torch.equal(several, pictures[[1, 0]])
 
 
 def test_maps_and_images_are_told_apart_by_their_channels():

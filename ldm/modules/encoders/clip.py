@@ -324,8 +324,13 @@ class FrozenCLIPEmbedder(PromptEncoder, HubEncoder):
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Ids (b, n) → (b, n, d), or (b, 1, d) for "pooled"."""
+        return self.encode_pooled(ids)[0]
+
+    def encode_pooled(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode_tokens`, and the vector at the end of each text, (b, d)."""
         self.ensure_weights()
         out = self.transformer(ids)
         if self.layer == "hidden":
-            return out.hidden_states[self.layer_idx or 0]
-        return out.last_hidden_state if self.layer == "last" else out.pooler_output[:, None]
+            return out.hidden_states[self.layer_idx or 0], out.pooler_output
+        z = out.last_hidden_state if self.layer == "last" else out.pooler_output[:, None]
+        return z, out.pooler_output

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.modules.diffusionmodules.openaimodel import Timestep
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
-from ldm.modules.encoders.openclip import OpenCLIPWeights, openai_architecture
+from ldm.modules.encoders.openclip import OpenCLIPWeights, clip_model
 from taming.checkpoint import CheckpointError, load_data
 
 CLIP_SIZE = 224
@@ -71,18 +71,23 @@ class ImageEncoder(OpenCLIPWeights):
         x = (resize(x, antialias=self.antialias) + 1) / 2
         return (x - self.mean[:, None, None]) / self.std[:, None, None]
 
-    def encode_with_vision_transformer(self, img: Tensor) -> Tensor:
+    def encode_with_vision_transformer(self, img: Tensor) -> Any:
         """(b, 3, h, w) in [-1, 1] → (b, d)."""
         self.ensure_weights()
         weight = next(self.model.visual.parameters())
         return self.model.visual(self.preprocess(img).to(weight))
 
-    def forward(self, image: Tensor, no_dropout: bool = False) -> Tensor:
+    def forward(self, image: Tensor, no_dropout: bool = False) -> Any:
         """(b, 3, h, w) in [-1, 1] → (b, d)."""
         z = self.encode_with_vision_transformer(image)
-        if self.ucg_rate > 0.0 and not no_dropout:
-            z = torch.bernoulli((1.0 - self.ucg_rate) * torch.ones(len(z), device=z.device))[:, None] * z
-        return z
+        return z if no_dropout else self.dropped(z)
+
+    def dropped(self, z: Tensor) -> Tensor:
+        """Vectors (b, …), those of some pictures zero."""
+        if self.ucg_rate == 0.0:
+            return z
+        kept = torch.bernoulli((1.0 - self.ucg_rate) * torch.ones(len(z), device=z.device))
+        return kept.view(-1, *[1] * (z.ndim - 1)) * z
 
     def encode(self, image: Any) -> Tensor:
         """As `forward`."""
@@ -93,7 +98,7 @@ class ClipImageEmbedder(ImageEncoder):
     """A picture as one vector of OpenAI's CLIP.
 
     Args:
-        model: OpenAI's name, such as "ViT-L/14".
+        model: OpenAI's name, such as "ViT-L/14", or a folder (see `clip_model`).
         jit, device: accepted, as published; the work is done where the weights are.
         antialias, ucg_rate: see `ImageEncoder`.
 
@@ -110,7 +115,7 @@ class ClipImageEmbedder(ImageEncoder):
     ) -> None:
         super().__init__(antialias, ucg_rate)
         self.device = device
-        self.build(openai_architecture(model), "openai")
+        self.build(*clip_model(model))
 
 
 class FrozenClipImageEmbedder(ClipImageEmbedder):

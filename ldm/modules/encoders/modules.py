@@ -40,6 +40,21 @@ class IdentityEncoder(AbstractEncoder):
         return x
 
 
+def checked_labels(labels: Tensor, n_classes: int) -> Tensor:
+    """Labels as integers.
+
+    Raises:
+        ValueError: one is outside 0 … n_classes - 1.
+    """
+    labels = labels.long()
+    if labels.device.type != "cpu" or not len(labels):
+        return labels  # on a GPU the look-up itself complains; asking there would stall it
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < n_classes:
+        raise ValueError(f"labels from {low} to {high} for {n_classes} classes")
+    return labels
+
+
 class ClassEmbedder(nn.Module):
     """A learned vector for each class, as a context of one token.
 
@@ -71,16 +86,7 @@ class ClassEmbedder(nn.Module):
         key = self.key if key is None else key
         if key not in batch:
             raise KeyError(f"the batch has no labels under {key!r}. {nearest(key, batch)}")
-        labels = batch[key].long()[:, None]
-        # on a GPU the look-up itself complains; asking there would stall it
-        if (
-            labels.device.type == "cpu"
-            and len(labels)
-            and not 0 <= int(labels.min()) <= int(labels.max()) < self.n_classes
-        ):
-            raise ValueError(
-                f"labels from {int(labels.min())} to {int(labels.max())} for {self.n_classes} classes"
-            )
+        labels = checked_labels(batch[key], self.n_classes)[:, None]
         if self.ucg_rate > 0.0 and not disable_dropout:
             kept = 1 - torch.bernoulli(torch.ones_like(labels, dtype=torch.float32) * self.ucg_rate).long()
             labels = kept * labels + (1 - kept) * (self.n_classes - 1)
@@ -186,8 +192,8 @@ class SpatialRescaler(nn.Module):
         n_stages: how often.
         method: nearest, linear, bilinear, trilinear, bicubic or area.
         multiplier: factor of each stage.
-        in_channels, out_channels: of the 1×1 convolution at the end; none without out_channels.
-        bias: of that convolution.
+        in_channels, out_channels: of the convolution at the end; none without out_channels.
+        bias, kernel_size: of that convolution, which keeps the size.
     """
 
     METHODS = ("nearest", "linear", "bilinear", "trilinear", "bicubic", "area")
@@ -200,6 +206,7 @@ class SpatialRescaler(nn.Module):
         in_channels: int = 3,
         out_channels: int | None = None,
         bias: bool = False,
+        kernel_size: int = 1,
     ) -> None:
         super().__init__()
         if n_stages < 0:
@@ -210,7 +217,9 @@ class SpatialRescaler(nn.Module):
         self.interpolator = partial(F.interpolate, mode=method)
         self.remap_output = out_channels is not None
         if out_channels is not None:
-            self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+            self.channel_mapper = nn.Conv2d(
+                in_channels, out_channels, kernel_size, bias=bias, padding=kernel_size // 2
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) → (b, out_channels or c, h·multiplier^n_stages, …)."""

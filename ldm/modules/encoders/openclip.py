@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,17 +167,27 @@ class FrozenOpenCLIPEmbedder(PromptEncoder, OpenCLIPWeights):
 
     def encode_with_transformer(self, text: Tensor) -> Tensor:
         """Ids (b, n) → (b, n, d), after the final norm."""
+        return self.model.ln_final(self.hidden_states(text)[0])
+
+    def hidden_states(self, text: Tensor, with_last: bool = False) -> list[Tensor]:
+        """Ids (b, n) → (b, n, d) behind the chosen layer and, if wanted, behind the last one; before the final norm."""
         self.ensure_weights()
         x = self.model.token_embedding(text) + self.model.positional_embedding
         batch_first = getattr(self.model.transformer, "batch_first", False)
-        x = x if batch_first else x.transpose(0, 1)
-        x = self.text_transformer_forward(x, attn_mask=self.model.attn_mask)
-        return self.model.ln_final(x if batch_first else x.transpose(0, 1))
+        states = [
+            self.text_transformer_forward(x if batch_first else x.transpose(0, 1), self.model.attn_mask)
+        ]
+        if with_last:
+            rest = len(self.model.transformer.resblocks) - self.layer_idx
+            states.append(self.text_transformer_forward(states[0], self.model.attn_mask, slice(rest, None)))
+        return [z if batch_first else z.transpose(0, 1) for z in states]
 
-    def text_transformer_forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """The layers up to the chosen one; (b, n, d), or (n, b, d) where the model is not batch-first."""
+    def text_transformer_forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, layers: slice | None = None
+    ) -> Tensor:
+        """The layers up to the chosen one, or the given ones; (b, n, d), or (n, b, d) where the model is not batch-first."""
         blocks = self.model.transformer.resblocks
-        for block in blocks[: len(blocks) - self.layer_idx]:
+        for block in blocks[layers or slice(len(blocks) - self.layer_idx)]:
             x = block(x, attn_mask=attn_mask)
         return x
 
@@ -196,11 +207,38 @@ def openai_architecture(name: str) -> str:
     return arch
 
 
+# the files of a model that open_clip saves, on the hub or in a folder
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+
+
+def clip_model(name: str) -> tuple[str | Mapping[str, Any], str]:
+    """Architecture and weights, as `OpenCLIPWeights.build` takes them.
+
+    Args:
+        name: of one of OpenAI's models, or a folder with a model that open_clip saved.
+
+    Raises:
+        FileNotFoundError: a folder that lacks the configuration or the weights.
+        ValueError: OpenAI has published no such model.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return openai_architecture(name), "openai"
+    weights = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
+    if weights is None or not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{name} holds no model of open_clip: {CONFIG_FILE} and {' or '.join(WEIGHT_FILES)} belong in it"
+        )
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    return config["model_cfg"], str(weights)
+
+
 class FrozenCLIPTextEmbedder(OpenCLIPWeights):
     """A prompt as one vector of OpenAI's CLIP, in the space it shares with images.
 
     Args:
-        version: OpenAI's name of the model, "ViT-L/14".
+        version: OpenAI's name of the model, "ViT-L/14", or a folder (see `clip_model`).
         device: accepted, as published; the ids go where the weights are.
         max_length: accepted, as published; the model's own length holds.
         n_repeat: copies of the vector that `encode` gives.
@@ -218,7 +256,7 @@ class FrozenCLIPTextEmbedder(OpenCLIPWeights):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        self.build(openai_architecture(version), "openai")
+        self.build(*clip_model(version))
         self.device, self.max_length, self.n_repeat, self.normalize = device, max_length, n_repeat, normalize
 
     def forward(self, text: str | Sequence[str]) -> Tensor:

@@ -135,23 +135,32 @@ class PromptEncoder(PretrainedEncoder):
         """Ids (b, n) → vectors (b, n, d)."""
         raise NotImplementedError(f"{type(self).__name__} does not define encode_tokens")
 
-    def forward(self, text: str | Sequence[str]) -> Tensor:
+    def encode_pooled(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Ids (b, n) → vectors (b, n, d), and one for the whole, (b, p), of encoders that have it."""
+        return self.encode_tokens(ids), None
+
+    def forward(self, text: str | Sequence[str]) -> Any:
         """Prompts, a string or b strings → (b, windows · n, d).
 
         Raises:
             OSError: weights or tokenizer are neither here nor downloadable; the message says what to do.
         """
+        return self.encode_prompts(text)[0]
+
+    def encode_prompts(self, text: str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, and the vector of each prompt's first window as a whole, which no bracket weighs."""
         self.ensure_weights()
         read = self.reader()
         ids, weights = read(text)
         device = next(self.network().parameters()).device
-        vectors = self.encode_tokens(ids.flatten(0, 1).to(device))
+        vectors, pooled = self.encode_pooled(ids.flatten(0, 1).to(device))
         if self.prompt_weights and bool((weights != 1).any()):
             empty = self.encode_tokens(read("")[0][:, 0].to(device))
             factor = weights.flatten(0, 1)[..., None].to(vectors)
             vectors = empty + factor * (vectors - empty)
-        return vectors.unflatten(0, ids.shape[:2]).flatten(1, 2)
+        pooled = None if pooled is None else pooled[:: self.windows]
+        return vectors.unflatten(0, ids.shape[:2]).flatten(1, 2), pooled
 
-    def encode(self, text: Any) -> Tensor:
+    def encode(self, text: Any) -> Any:
         """As `forward`."""
         return self(text)

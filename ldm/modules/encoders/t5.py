@@ -102,7 +102,8 @@ class FrozenT5Embedder(HubEncoder):
         """Texts, a string or b strings → (b, max_length, d)."""
         self.ensure_weights()
         ids = hub_ids(self.tokenizer, text, self.max_length).to(self.transformer.shared.weight.device)
-        return self.transformer(input_ids=ids).last_hidden_state
+        with torch.autocast(ids.device.type, enabled=False):  # T5's activations outgrow float16
+            return self.transformer(input_ids=ids).last_hidden_state
 
     def encode(self, text: Any) -> Tensor:
         """As `forward`."""

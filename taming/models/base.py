@@ -158,33 +158,40 @@ class FirstStage(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """One batch: the autoencoder's update, then the discriminator's on the same, detached reconstruction."""
-        optimizers = self.optimizers()
-        optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
+        optimizers = _as_list(self.optimizers())
         moves = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-        inputs = self.get_input(batch, self.image_key)
-        outputs: Any = None
-        for player, (optimizer, name) in enumerate(zip(optimizers, ("aeloss", "discloss"), strict=False)):
-            if player == 1 and not self._discriminator_plays():
-                continue
-            with optimizer.toggle_model(sync_grad=moves):
-                if outputs is None:
-                    outputs = self.reconstruct(inputs)
-                loss, log = self.player_loss(player, inputs, outputs, split="train")
+        players = self.players(len(optimizers), batch_idx)
+        shared: dict[str, Any] = {}
+        for player in players:
+            with optimizers[player].toggle_model(sync_grad=moves):
+                loss = self.turn(player, batch, batch_idx, shared)
                 self.manual_backward(loss / self.accumulate_grad_batches)
                 if moves:
-                    self._step(optimizer, counts=player == 0)
-            every: dict[str, Any] = {
-                "logger": True,
-                "on_step": True,
-                "on_epoch": True,
-                "batch_size": len(inputs),
-            }
-            self.log(f"train/{name}", loss.detach(), prog_bar=True, **every)
-            self.log_dict(log, prog_bar=False, **every)
+                    self._step(optimizers[player], counts=player == players[0])
         if moves:
             self.batch_counter += 1
             for scheduler in _as_list(self.lr_schedulers()):
                 scheduler.step()
+
+    def players(self, count: int, batch_idx: int) -> list[int]:
+        """Whose turns a batch has, in their order: numbers of optimizers, of which there are `count`."""
+        return [0, 1] if count > 1 and self._discriminator_plays() else [0]
+
+    def turn(self, player: int, batch: Mapping[str, Any], batch_idx: int, shared: dict[str, Any]) -> Tensor:
+        """One player's loss on a batch, logged; `shared` hands on to the next player what need not be computed again."""
+        if not shared:
+            inputs = self.get_input(batch, self.image_key)
+            shared |= {"inputs": inputs, "outputs": self.reconstruct(inputs)}
+        loss, log = self.player_loss(player, **shared, split="train")
+        every: dict[str, Any] = {
+            "logger": True,
+            "on_step": True,
+            "on_epoch": True,
+            "batch_size": len(shared["inputs"]),
+        }
+        self.log(f"train/{('aeloss', 'discloss')[player]}", loss.detach(), prog_bar=True, **every)
+        self.log_dict(log, prog_bar=False, **every)
+        return loss
 
     def _discriminator_plays(self) -> bool:
         """Before `disc_start` the discriminator's loss is zero: its pass would cost time and change nothing."""

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
+
+# PyTorch's own ways, by name; "explicit" is the one that writes all scores out
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}  # fmt: skip
+EXPLICIT = "explicit"
 
 
 def attention(
@@ -44,7 +61,8 @@ def attention(
     elif mask is not None:
         # a finite floor instead of -inf: a fully masked row stays a mean, never NaN
         bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.finfo(q.dtype).max)
-    if dropout == 0.0 and _explicit_is_faster(q, k, causal):
+    backend = None if causal or dropout or bias is not None else recorded_backend(q, k)
+    if backend == EXPLICIT or (dropout == 0.0 and _explicit_is_faster(q, k, causal)):
         scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
         if bias is not None:
             scores = scores + bias
@@ -52,6 +70,11 @@ def attention(
             later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(later, -torch.finfo(scores.dtype).max)
         out = scores.softmax(dim=-1) @ v
+    elif backend is not None:
+        # the others stay allowed: another batch size may be more than the chosen one takes
+        order = [BACKENDS[backend], *(b for name, b in BACKENDS.items() if name != backend)]
+        with sdpa_kernel(order, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout)
     return out.transpose(1, 2).flatten(2)
@@ -71,6 +94,51 @@ def _explicit_is_faster(q: Tensor, k: Tensor, causal: bool) -> bool:
         and torch.is_grad_enabled()
         and q.requires_grad
     )
+
+
+# ------------------------------------------------------------------------------- what scripts/optimize wrote down
+
+
+def choices_file() -> Path:
+    """Where scripts/optimize/optimize_attention.py records its choices: $TAMING_ATTENTION, or a file in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    given = os.environ.get("TAMING_ATTENTION") or f"{cache}/latent-generative-models/attention.json"
+    return Path(given).expanduser()
+
+
+def machine_name(device: torch.device) -> str:
+    """What a record holds for: the device, and the PyTorch that drives it."""
+    cpu = f"{platform.machine()} CPU with {os.cpu_count()} cores"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return f"{name}, torch {torch.__version__}"
+
+
+def call_name(q: Tensor, k: Tensor) -> str:
+    """The name of a call in a record: type, heads and their channels, queries × keys."""
+    return f"{str(q.dtype).removeprefix('torch.')} {q.shape[1]}x{q.shape[3]} {q.shape[2]}x{k.shape[2]}"
+
+
+@functools.cache
+def recorded_choices(device_type: str) -> dict[str, str]:
+    """The choices for this machine's device of that type; none if there is no record, or one of another machine."""
+    path = choices_file()
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        choices = record.get(machine_name(torch.device(device_type)), {})
+        return {name: backend for name, backend in choices.items() if backend in (*BACKENDS, EXPLICIT)}
+    except (ValueError, AttributeError) as error:
+        logger.warning("%s is no record of attention back-ends, and is ignored: %s", path, error)
+        return {}
+
+
+def recorded_backend(q: Tensor, k: Tensor) -> str | None:
+    """The recorded choice for a call without gradients; None is PyTorch's own."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    choices = recorded_choices(q.device.type)
+    return choices.get(call_name(q, k)) if choices else None
 
 
 class LinearAttention(nn.Module):

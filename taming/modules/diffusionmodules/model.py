@@ -217,6 +217,7 @@ class Decoder(Levels):
     """Latents to images, the mirror of `Encoder` with one more residual block a level.
 
     Args:
+        double_z: unused; configurations give encoder and decoder the same options.
         give_pre_end: return the features before the last normalisation (`norm_out`, `conv_out` exist all the same).
         tanh_out: squash the output to (-1, 1).
     """
@@ -234,6 +235,7 @@ class Decoder(Levels):
         in_channels: int,
         resolution: int,
         z_channels: int,
+        double_z: bool = True,
         give_pre_end: bool = False,
         tanh_out: bool = False,
         use_linear_attn: bool = False,

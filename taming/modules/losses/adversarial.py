@@ -46,6 +46,7 @@ class AdversarialLoss(nn.Module):
         perceptual_weight: weight of LPIPS beside the pixel distance.
         disc_conditional: the discriminator also sees a condition, concatenated to the channels.
         disc_loss: "hinge" or "vanilla".
+        discriminator: another one, instead of the `NLayerDiscriminator`.
 
     Source: Esser et al. 2021, equations 5 to 7.
     """
@@ -64,6 +65,7 @@ class AdversarialLoss(nn.Module):
         use_actnorm: bool = False,
         disc_conditional: bool = False,
         disc_loss: str = "hinge",
+        discriminator: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if disc_loss not in DISCRIMINATOR_LOSSES:
@@ -72,9 +74,10 @@ class AdversarialLoss(nn.Module):
             )
         self.perceptual_loss = LPIPS()
         self.perceptual_weight = perceptual_weight
-        self.discriminator = NLayerDiscriminator(
-            disc_in_channels, disc_ndf, disc_num_layers, use_actnorm
-        ).apply(weights_init)
+        if discriminator is None:
+            discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)
+            discriminator.apply(weights_init)
+        self.discriminator = discriminator
         self.discriminator_iter_start = disc_start
         self.disc_loss = DISCRIMINATOR_LOSSES[disc_loss]
         self.disc_factor = disc_factor

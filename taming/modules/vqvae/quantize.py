@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,8 +63,13 @@ class VectorQuantizer2(Quantizer):
         self.beta = beta
         self.legacy = legacy
         self.l2_norm = l2_norm
-        self.embedding = nn.Embedding(n_e, e_dim)
-        self.embedding.weight.data.uniform_(-1.0 / n_e, 1.0 / n_e)
+        self.embedding: Any = self.make_codebook()
+
+    def make_codebook(self) -> nn.Module:
+        """The codes to begin with, as `weight` (n_e, e_dim) of what looks them up."""
+        codebook = nn.Embedding(self.n_e, self.e_dim)
+        codebook.weight.data.uniform_(-1.0 / self.n_e, 1.0 / self.n_e)
+        return codebook
 
     def look_up(self, indices: Tensor) -> Tensor:
         """Codes (…, e_dim) of codebook indices (…)."""

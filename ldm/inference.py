@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from ldm.conversion import network_file, pipeline_model_config, read_pipeline
 from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.deis import DEISSampler
 from ldm.models.diffusion.dpm_solver import DPMSolverSampler
@@ -24,7 +25,17 @@ from ldm.models.diffusion.flow import FlowSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling_util import Noise
 from ldm.models.diffusion.unipc import UniPCSampler
-from taming.checkpoint import find_run, load_checkpoint, load_into, load_model_from_config, tensors_of
+from ldm.quantization import load_quantized, quantization_of
+from ldm.recognition import predicts_v, published_config, recognise
+from taming.checkpoint import (
+    CheckpointError,
+    Weights,
+    find_run,
+    load_checkpoint,
+    load_into,
+    load_model_from_config,
+    tensors_of,
+)
 from taming.util import atomic_path, instantiate_from_config, nearest
 
 logger = logging.getLogger(__name__)
@@ -93,8 +104,9 @@ def load_model(
     """A model from a training run's folder, or from a checkpoint and its configuration.
 
     Args:
-        ckpt: run folder, published model folder, or weight file.
-        config: its configuration; found beside the checkpoint if None.
+        ckpt: run folder, published model folder, weight file, or the folder of a pipeline of diffusers.
+        config: its configuration; if None, the one beside the checkpoint, or that of the published model that it is
+            recognised as.
         device: where the model goes.
         overrides: `a.b=c` over the configuration.
 
@@ -104,21 +116,52 @@ def load_model(
     Raises:
         InferenceError: something is missing; the message says what to pass.
     """
+    if (Path(ckpt) / "model_index.json").is_file():
+        return _load_pipeline(Path(ckpt), config, device, overrides)
     try:
         path, found = find_run(ckpt)
+        configs = [config] if config is not None else found
+        twin = None
+        if not configs:
+            try:
+                recognised = recognise(Weights(path))
+            except CheckpointError as error:
+                raise InferenceError(f"no configuration lies beside {path}: {error}") from error
+            logger.info("%s is %s: %s", path, recognised.name, recognised.config)
+            configs, twin = [published_config(recognised.config)], recognised.twin
     except FileNotFoundError as error:
         raise InferenceError(str(error)) from error
-    configs = [config] if config is not None else found
-    if not configs:
-        raise InferenceError(
-            f"no configuration lies beside {path}; name the one it was trained with (--config configs/….yaml, or config=…)"
-        )
-    if not Path(configs[0]).is_file():
-        raise InferenceError(f"--config {configs[0]}: there is no such file")
-    merged = OmegaConf.merge(OmegaConf.load(configs[0]), OmegaConf.from_dotlist(list(overrides)))
+    model, merged = _load_configured(path, configs[0], device, overrides)
+    if twin is not None and predicts_v(model):
+        logger.info("%s predicts v: %s", path, twin)
+        model, merged = _load_configured(path, published_config(twin), device, overrides)
+    return model, path, merged
+
+
+def _load_configured(
+    path: Path, config: str | Path, device: torch.device, overrides: Sequence[str]
+) -> tuple[Any, Any]:
+    if not Path(config).is_file():
+        raise InferenceError(f"--config {config}: there is no such file")
+    merged = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(overrides)))
     # the checkpoint holds every part's weights, so none needs to be fetched from its own first source
     forget_starting_points(merged.model)
-    return load_model_from_config(merged, path, device), path, merged
+    load = load_quantized if quantization_of(path) else load_model_from_config
+    return load(merged, path, device), merged
+
+
+def _load_pipeline(
+    folder: Path, config: str | None, device: torch.device, overrides: Sequence[str]
+) -> tuple[Any, Path, Any]:
+    """A model from the folder of a pipeline of diffusers."""
+    try:
+        own = pipeline_model_config(folder) if config is None else OmegaConf.load(config)
+        merged: Any = OmegaConf.merge(own, OmegaConf.from_dotlist(list(overrides)))
+        model: Any = instantiate_from_config(merged.model)
+        load_into(model, read_pipeline(model, folder), source=folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise InferenceError(str(error)) from error
+    return model.to(device).eval(), network_file(folder), merged
 
 
 @dataclass

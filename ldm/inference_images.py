@@ -94,10 +94,10 @@ def shrunk_to_step(image: Image.Image, step: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def padded_to_step(x: Tensor, step: int) -> Tensor:
-    """(b, c, h, w) with its last row and column repeated up to the next multiples of `step`."""
-    height, width = x.shape[2:]
-    return F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
+def padded_to_step(x: Tensor, step: int, least: int = 0) -> Tensor:
+    """(b, c, h, w) with its last row and column repeated up to the next multiples of `step`, and to `least` pixels."""
+    height, width = (max(side + -side % step, least) - side for side in x.shape[2:])
+    return F.pad(x, (0, width, 0, height), mode="replicate")
 
 
 def latents_of(model: Any, images: Tensor) -> Tensor:
@@ -120,6 +120,7 @@ def redraw(
     eta: float = 0.0,
     generator: Noise = None,
     verbose: bool = True,
+    from_noise: bool = False,
 ) -> Tensor:
     """Images like others: latents are noised as far as `strength` says, and denoised by DDIM under a condition.
 
@@ -132,6 +133,7 @@ def redraw(
         eta: of DDIM.
         generator: see `LatentSampler.sample`.
         verbose: show progress.
+        from_noise: full strength begins with noise alone; all steps but one are walked at most.
 
     Returns:
         (b, 3, H, W) in [0, 1].
@@ -146,15 +148,17 @@ def redraw(
         raise InferenceError(f"strength {strength} must lie between 0 (nothing changes) and 1 (everything)")
     if model.parameterization == "flow":
         raise InferenceError("pictures are redrawn by DDIM, which does not sample rectified flows")
-    sampler, walked = DDIMSampler(model), int(strength * steps)
+    sampler, walked = DDIMSampler(model), min(int(strength * steps), steps - from_noise)
     sampler.make_schedule(steps, ddim_eta=eta, verbose=False)
     if walked:
         source = sources(generator, len(latents))
         noise = draw(latents.shape, latents.device, source)
         levels = torch.full((len(latents),), walked, device=latents.device)
+        if not (from_noise and strength == 1.0):
+            noise = sampler.stochastic_encode(latents, levels, noise=noise)
         latents = sampler.decode(
-            sampler.stochastic_encode(latents, levels, noise=noise), cond, walked, unconditional_guidance_scale=scale,
-            unconditional_conditioning=uncond, generator=source, verbose=verbose,
+            noise, cond, walked, unconditional_guidance_scale=scale, unconditional_conditioning=uncond, generator=source,
+            verbose=verbose,
         )  # fmt: skip
     return decode_images(model, latents)
 
@@ -244,6 +248,7 @@ def fill_in(
     eta: float = 0.0,
     generator: Noise = None,
     verbose: bool = True,
+    start: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Tensor:
     """A picture with what a mask hides drawn anew, and the rest as it was.
 
@@ -256,6 +261,7 @@ def fill_in(
         batch_size: how many to draw.
         prompt, negative_prompt, scale: for models that read a text; scale 1 is no guidance.
         generator, verbose: see `LatentSampler.sample`.
+        start: makes the noise to begin with, from the shape (b, c, h, w) of the latents; drawn by the sampler if None.
 
     Returns:
         (batch_size, 3, h, w) in [0, 1].
@@ -274,9 +280,10 @@ def fill_in(
         hidden,
         lambda: encoded_texts(model, [prompt] * batch_size, negative_prompt, scale != 1.0),
     )
+    x_T = None if start is None else start((batch_size, *filling.shape)).to(wide)
     samples, _ = sampler.sample(
         S=steps, batch_size=batch_size, shape=filling.shape, conditioning=filling.cond, eta=eta, verbose=verbose, generator=generator,
-        unconditional_guidance_scale=scale, unconditional_conditioning=filling.uncond, **filling.known,
+        unconditional_guidance_scale=scale, unconditional_conditioning=filling.uncond, x_T=x_T, **filling.known,
     )  # fmt: skip
     drawn = decode_images(model, samples)
     kept = ((wide.float() + 1.0) / 2.0).clamp(0.0, 1.0)

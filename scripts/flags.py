@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 from ldm import inference
 from ldm.lora import load_lora
+from taming.checkpoint import find_run
 
 __all__ = [
-    "FAMILIES", "add_adapters", "add_model_arguments", "add_output_arguments", "add_text_arguments", "family_of", "fill_defaults", "split_weight",
+    "FAMILIES", "add_adapters", "add_model_arguments", "add_output_arguments", "add_text_arguments", "family_of", "fill_config", "fill_defaults", "split_weight",
 ]  # fmt: skip
 
 # The published scripts differ in their defaults; a configuration's path says which one it belongs to.
@@ -113,6 +115,13 @@ def add_adapters(model: Any, opt: argparse.Namespace) -> str | None:
 def family_of(opt: argparse.Namespace) -> str:
     """The published models that a configuration's path speaks of, or "own"."""
     return next((name for name in FAMILIES if opt.config and name in Path(opt.config).stem), "own")
+
+
+def fill_config(opt: argparse.Namespace, published: str) -> None:
+    """Take the published configuration for a checkpoint beside which none lies."""
+    if opt.config is None:
+        with contextlib.suppress(FileNotFoundError):  # loading says what is missing
+            opt.config = None if find_run(opt.ckpt)[1] else published
 
 
 def fill_defaults(opt: argparse.Namespace) -> None:

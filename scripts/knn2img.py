@@ -10,7 +10,6 @@ scripts/train_searcher.py makes either of them.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -23,8 +22,7 @@ from torch.nn import Identity
 from ldm.inference import InferenceError
 from ldm.inference_images import report
 from ldm.modules.encoders.retrieval import RetrievalTextEmbedder
-from scripts import txt2img
-from taming.checkpoint import find_run
+from scripts import flags, txt2img
 
 __all__ = ["main"]
 
@@ -68,13 +66,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_config(opt: argparse.Namespace) -> None:
-    """Take the published configuration for a checkpoint beside which none lies."""
-    if opt.config is None:
-        with contextlib.suppress(FileNotFoundError):  # loading says what is missing
-            opt.config = None if find_run(opt.ckpt)[1] else CONFIG
-
-
 def add_retrieval(model: Any, opt: argparse.Namespace) -> dict[str, Any]:
     """Put CLIP and the database before a model that takes their vectors; returns what is worth noting in the pictures.
 
@@ -109,7 +100,7 @@ def add_retrieval(model: Any, opt: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     opt = get_parser().parse_args(argv)
-    fill_config(opt)
+    flags.fill_config(opt, CONFIG)
     return report(lambda: txt2img.run(opt, add_retrieval))
 
 

@@ -11,8 +11,10 @@ import logging
 import os
 import sys
 import tempfile
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -314,26 +316,75 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def download(url: str, local_path: str | os.PathLike[str], chunk_size: int = 1024) -> None:
-    """Fetch a file with a progress bar; it appears under its name only when complete.
+def download(
+    url: str,
+    local_path: str | os.PathLike[str],
+    chunk_size: int = 1024,
+    sha256: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> None:
+    """Fetch a file with a progress bar; it appears under its name only when it is complete and as it should be.
+
+    What came before a broken connection stays beside it as `.<name>.download`, and the next call goes on from there.
+
+    Args:
+        url: the address.
+        local_path: the file.
+        chunk_size: least bytes to read at once.
+        sha256: of the file; None to take it as it comes.
+        headers: of the request to this address, not of those to where it redirects.
 
     Raises:
-        OSError: the address cannot be reached; the message says where the file may be put by hand.
+        OSError: the address cannot be reached, or the connection broke; the message says where the file may be put by hand.
+        ValueError: the file has another SHA-256; what came is removed.
     """
+    local_path = Path(local_path)
+    local_path.parent.mkdir(parents=True, exist_ok=True)
+    partial = local_path.with_name(f".{local_path.name}.download")
     try:
-        with urllib.request.urlopen(url) as response, atomic_path(local_path) as temporary:
-            total = int(response.headers.get("content-length") or 0)
-            with (
-                open(temporary, "wb") as file,
-                tqdm(total=total or None, unit="B", unit_scale=True, desc=Path(local_path).name) as bar,
-            ):
-                while block := response.read(max(chunk_size, 1 << 16)):
-                    file.write(block)
-                    bar.update(len(block))
+        _continue(url, partial, max(chunk_size, 1 << 16), headers or {})
     except OSError as error:
         raise OSError(
-            f"Could not download {url} ({error}). Fetch it elsewhere and put it at {local_path}."
+            f"Could not download {url} ({error}). Call again to go on, or fetch it elsewhere and put it at {local_path}."
         ) from error
+    if sha256 is not None and (found := sha256_hash(partial)) != sha256:
+        partial.unlink()
+        raise ValueError(f"{url} gave a file with SHA-256 {found} instead of {sha256}; it was removed.")
+    os.replace(partial, local_path)
+
+
+def _continue(url: str, partial: Path, block_size: int, headers: Mapping[str, str]) -> None:
+    """Bring a partial file to its full length."""
+    start = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    for key, value in headers.items():
+        request.add_unredirected_header(key, value)
+    try:
+        response = urllib.request.urlopen(request)
+    except urllib.error.HTTPError as error:
+        if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not start:
+            raise
+        return  # all of it is there
+    with response:
+        # a server that knows no ranges begins anew
+        start = start if getattr(response, "status", None) == HTTPStatus.PARTIAL_CONTENT else 0
+        left = response.headers.get("content-length")
+        total = start + int(left) if left else None
+        with (
+            open(partial, "ab" if start else "wb") as file,
+            tqdm(total=total, initial=start, unit="B", unit_scale=True, desc=partial.name[1:]) as bar,
+        ):
+            while block := response.read(block_size):
+                file.write(block)
+                bar.update(len(block))
+        if total is not None and (came := partial.stat().st_size) < total:
+            raise OSError(f"the connection broke after {came:,} of {total:,} bytes")
+
+
+def sha256_hash(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file, as the Hugging Face hub says it of its large files."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def md5_hash(path: str | os.PathLike[str]) -> str:

@@ -123,6 +123,26 @@ def autoencoder_config(params: Mapping[str, Any], scale_factor: float = 0.18215)
     }
 
 
+def autoencoder_module_config(autoencoder: Any, scale_factor: float = 0.18215) -> dict[str, Any]:
+    """As `autoencoder_config`, read off a first stage itself: `AutoencoderKL` or `VQModel`, of `ldm`'s or `sgm`'s make."""
+    encoder, decoder = autoencoder.encoder, autoencoder.decoder
+    sizes = [encoder.resolution // 2**i for i in range(encoder.num_resolutions)]
+    attends = {size for size, level in zip(sizes, encoder.down, strict=True) if len(level.attn)}
+    middle = isinstance(encoder.mid.attn_1, AttnBlock)
+    z = autoencoder.post_quant_conv.weight.shape[0]
+    quantize = getattr(autoencoder, "quantize", None)
+    ddconfig = {
+        "in_channels": encoder.conv_in.in_channels, "out_ch": decoder.conv_out.out_channels, "ch": encoder.ch,
+        "ch_mult": [level.block[-1].out_channels // encoder.ch for level in encoder.down],
+        "num_res_blocks": encoder.num_res_blocks, "attn_resolutions": attends, "resolution": encoder.resolution,
+        "z_channels": z, "attn_type": "vanilla" if middle else "none", "tanh_out": decoder.tanh_out,
+    }  # fmt: skip
+    params = {"ddconfig": ddconfig, "embed_dim": autoencoder.post_quant_conv.weight.shape[1]}
+    if quantize is not None:
+        params["n_embed"] = len(quantize.embedding.weight)
+    return autoencoder_config(params, scale_factor)
+
+
 FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",), "norm_num_groups": (32,), "norm_type": ("group",), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
 }  # fmt: skip

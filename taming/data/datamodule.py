@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -63,7 +64,7 @@ class DataModuleFromConfig(pl.LightningDataModule):
         use_worker_init_fn: see `worker_init_fn`; iterable data with `valid_ids` always gets it.
     """
 
-    collate = staticmethod(custom_collate)
+    collate: Callable[..., Any] = staticmethod(custom_collate)  # what makes a batch of items
 
     def __init__(
         self,

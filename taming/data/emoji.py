@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -143,12 +143,26 @@ def _labels(entry: dict[str, Any], section: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(w for w in words if any(c.isalpha() for c in w)))
 
 
+def _members(classes: Mapping[str, Sequence[str]] | None, emoji: Sequence[Emoji]) -> dict[str, set[str]]:
+    """Classes and the categories and subcategories in each; the categories themselves where none are given."""
+    if classes is None:
+        return {name: {name} for name in CATEGORIES}
+    known = sorted({e.category for e in emoji} | {e.subcategory for e in emoji})
+    for name, members in classes.items():
+        for member in members:
+            if member not in known:
+                raise ValueError(
+                    f"class {name!r}: there is no category or subcategory {member!r}. {nearest(member, known)}"
+                )
+    return {str(name): set(members) for name, members in classes.items()}
+
+
 class EmojiImages(Dataset):
     """Captioned emoji, held in memory.
 
-    Each item is a dict: `image` (size, size, 3) float32 in [-1, 1], `caption`, `class_label` (index into `CATEGORIES`)
-    and its `human_label`, `index` (names the exact pixels, mirrored and recoloured ones apart, so that latents can be cached),
-    `symbol`, and `file_path_`.
+    Each item is a dict: `image` (size, size, 3) float32 in [-1, 1], `caption`, `class_label` (index into `CATEGORIES`, or into
+    `classes`) and its `human_label`, `index` (names the exact pixels, mirrored and recoloured ones apart, so that latents can
+    be cached), `symbol`, and `file_path_`.
 
     Args:
         size: of the square pictures.
@@ -161,12 +175,14 @@ class EmojiImages(Dataset):
         repeats: how often each picture comes in an epoch; long epochs cost less where the set is small.
         recolour_p: probability of a picture in another colour, said in its caption ("blue cat"), so that prompts compose;
             pictures that are grey or whose names speak of a colour keep theirs.
+        classes: classes of one's own: {name: its categories or subcategories}; the first that fits is taken, and pictures
+            of no class are left out.
 
     In the training split names and templates are drawn anew each time; in the others the first ones are taken.
 
     Raises:
         ImportError: the `quickstart` extra is not installed.
-        ValueError: unknown split or category, or a template with an unknown field.
+        ValueError: unknown split, category or subcategory, or a template with an unknown field.
     """
 
     def __init__(
@@ -180,6 +196,7 @@ class EmojiImages(Dataset):
         flip_p: float = 0.0,
         repeats: int = 1,
         recolour_p: float = 0.0,
+        classes: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}")
@@ -194,10 +211,13 @@ class EmojiImages(Dataset):
                     f"template {template!r}: fields are {{name}}, {{category}} and {{subcategory}}"
                 ) from error
         wanted = set(categories or CATEGORIES)
+        found = load_emoji(size)
+        self.classes = _members(classes, found)
         self.emoji = [
             e
-            for e in load_emoji(size)
+            for e in found
             if e.category in wanted
+            and self._class_of(e) is not None
             and (split == "all" or self._held_out(e, seed, validation_share) == (split == "validation"))
         ]
         self.templates = list(templates)
@@ -211,6 +231,11 @@ class EmojiImages(Dataset):
     def _held_out(emoji: Emoji, seed: int, share: float) -> bool:
         digest = hashlib.blake2b(f"{seed}:{emoji.concept}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") / 2**64 < share
+
+    def _class_of(self, emoji: Emoji) -> str | None:
+        """The first class that an emoji belongs to."""
+        own = {emoji.category, emoji.subcategory}
+        return next((name for name, members in self.classes.items() if own & members), None)
 
     def __len__(self) -> int:
         return len(self.emoji) * self.repeats
@@ -240,14 +265,15 @@ class EmojiImages(Dataset):
                 pixels, name = coloured, f"{colour} {name}"
         if self.flip_p > 0 and float(torch.rand(())) < self.flip_p:
             pixels, variant = pixels[:, ::-1], variant + 1 + len(HUES)
+        label = str(self._class_of(emoji))
         caption = self._choose(self.templates).format(
             name=name, category=emoji.category, subcategory=emoji.subcategory
         )
         return {
             "image": to_float(pixels),
             "caption": caption,
-            "class_label": CATEGORIES.index(emoji.category),
-            "human_label": emoji.category,
+            "class_label": list(self.classes).index(label),
+            "human_label": label,
             "index": number + len(self.emoji) * variant,
             "symbol": emoji.symbol,
             "file_path_": f"{emoji.code}.png",

@@ -73,3 +73,83 @@ def test_bad_input_is_one_clear_sentence(convert, tmp_path, capsys, argv, messag
     torch.save({"state_dict": {"w": torch.ones(1)}}, tmp_path / "x.ckpt")
     assert convert.main([a.format(ckpt=tmp_path / "x.ckpt") for a in argv]) == 2
     assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- layouts and pipelines
+
+
+@pytest.fixture
+def run_folder(tiny, tmp_path):
+    """A text-to-image model as a run's folder, with averages and a training's leftovers in its checkpoint."""
+    from omegaconf import OmegaConf
+
+    text = {
+        "target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+        "params": {"version": {
+            "vocab_size": 600, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        }},
+    }  # fmt: skip
+    unet = {
+        "use_spatial_transformer": True, "context_dim": 8, "transformer_depth": 1, "num_heads": 2, "legacy": False,
+        "attention_resolutions": [1], "channel_mult": [1, 2], "num_res_blocks": 1, "model_channels": 32,
+    }  # fmt: skip
+    config = tiny.latent_diffusion(
+        unet=unet, cond_stage_config=text, cond_stage_key="txt", first_stage_config=tiny.kl, use_ema=True
+    )
+    model = instantiate_from_config(config)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "configs").mkdir()
+    OmegaConf.save({"model": config}, run / "configs" / "x-project.yaml")
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [1]}, run / "checkpoints" / "last.ckpt")
+    return run, model
+
+
+def same_bits(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_becomes_a_pipelines_folder_and_a_file_again(convert, run_folder, tmp_path, capsys):
+    run, model = run_folder
+    folder, file = tmp_path / "pipeline", tmp_path / "again.safetensors"
+    assert convert.main([str(run), str(folder)]) == 0
+    assert "unet, vae, text_encoder" in capsys.readouterr().out
+    assert convert.main([str(folder), str(file), "--config", str(run / "configs" / "x-project.yaml")]) == 0
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith("model_ema.")}
+    assert same_bits(load_checkpoint(file)["state_dict"], expected)
+    # and without the configuration: what the folder says of itself is enough
+    assert convert.main([str(folder), str(file), "--dtype", "bf16"]) == 0
+    half = load_checkpoint(file)["state_dict"]
+    assert torch.equal(
+        half["model.diffusion_model.out.2.bias"], expected["model.diffusion_model.out.2.bias"].bfloat16()
+    )
+
+
+def test_ldms_names_become_sgms_and_come_back(convert, run_folder, tmp_path):
+    run, model = run_folder
+    there, back = tmp_path / "sgm.safetensors", tmp_path / "ldm.safetensors"
+    assert convert.main([str(run), str(there), "--to", "sgm"]) == 0
+    assert "denoiser.sigmas" in load_checkpoint(there)["state_dict"]
+    assert convert.main([str(there), str(back), "--to", "ldm"]) == 0
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith("model_ema.") and "." in k}
+    got = load_checkpoint(back)["state_dict"]
+    assert same_bits({k: v for k, v in got.items() if "." in k}, expected)
+    assert torch.equal(got["alphas_cumprod"], model.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["{ckpt}", "y.safetensors", "--to", "diffusers"], "writes a folder"),
+        (["{ckpt}", "folder", "--to", "sgm"], "must end in .safetensors"),
+        (["{ckpt}", "folder"], "are of no published model"),
+        (["{ckpt}", "y.safetensors", "--to", "sgm"], "hold no schedule"),
+        (["{empty}", "y.safetensors"], "holds none of"),
+    ],
+)
+def test_conversions_that_cannot_be_are_one_clear_sentence(convert, tmp_path, capsys, argv, message):
+    torch.save({"state_dict": {"w": torch.ones(1)}}, tmp_path / "x.ckpt")
+    (tmp_path / "empty").mkdir()
+    filled = [a.format(ckpt=tmp_path / "x.ckpt", empty=tmp_path / "empty") for a in argv]
+    assert convert.main(filled) == 2
+    assert message in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_prompts_of_a_file_each_have_neighbours_of_their_own(knn2img, base, data
 def test_a_lone_checkpoint_takes_the_published_configuration_and_one_with_its_own_keeps_it(scripts, model):
     def config_of(ckpt):
         opt = scripts["knn2img"].get_parser().parse_args(["--ckpt", str(ckpt)])
-        scripts["knn2img"].fill_config(opt)
+        scripts["knn2img"].flags.fill_config(opt, scripts["knn2img"].CONFIG)
         return opt.config
 
     assert config_of(model / "model.ckpt") is None  # found beside the checkpoint when loading

@@ -276,16 +276,16 @@ def test_adapters_change_the_pictures_by_their_weight(txt2img, run_folder, tmp_p
         torch.nn.init.normal_(p)
     lora.save("style.safetensors")
     drawn = {}
-    for name, flags in {
+    for name, given in {
         "none": [], "zero": ["style.safetensors:0"], "one": ["style.safetensors"],
         "halves": ["style.safetensors:0.5", "style.safetensors:0.5"],
     }.items():  # fmt: skip
-        loras = [part for flag in flags for part in ("--lora", flag)]
+        loras = [part for flag in given for part in ("--lora", flag)]
         assert (
             txt2img.main(["--ckpt", str(run_folder), "--prompt", "x", *BASE, "--outdir", name, *loras]) == 0
         )
         picture = Image.open(f"{name}/samples/00000.png")
-        assert picture.text.get("lora", "") == ", ".join(flags)
+        assert picture.text.get("lora", "") == ", ".join(given)
         drawn[name] = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).int()
     assert torch.equal(drawn["none"], drawn["zero"]) and not torch.equal(drawn["none"], drawn["one"])
     assert (drawn["one"] - drawn["halves"]).abs().max() <= 1  # a rounding

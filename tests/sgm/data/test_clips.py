@@ -99,7 +99,7 @@ def test_a_tiny_video_model_trains_and_its_clips_are_written(tmp_path, capsys):
             "model.params.sampler_config.params.num_steps=2"]  # fmt: skip
     assert animate.main(argv) == 0 == animate.main(argv)
     with Image.open(tmp_path / "clips.gif") as clip:
-        assert clip.n_frames == 8 and clip.size == (2 * 3 * 16, 16)
+        assert clip.n_frames == 6 and clip.size == (2 * 3 * 16, 16)
     assert (tmp_path / "clips-0001.gif").is_file()
     assert "of a clip that stands still" in capsys.readouterr().out
     assert animate.main(["-r", str(run), "-n", "0"]) == 2

@@ -74,6 +74,22 @@ def test_items_are_what_the_models_take():
     assert max(by_index) >= len(data) > min(by_index)
 
 
+def test_classes_of_ones_own_are_made_of_categories_and_subcategories():
+    groups = {"heart": ["heart"], "food": ["Food & Drink"], "fruit": ["food fruit"]}
+    data = EmojiImages(size=32, split="all", classes=groups)
+    items = [data[i] for i in range(len(data))]
+    assert all(list(groups)[i["class_label"]] == i["human_label"] for i in items)
+    assert {e.subcategory for e, i in zip(data.emoji, items, strict=True) if i["human_label"] == "heart"} == {
+        "heart"
+    }
+    # the first class that fits is taken, the rest of the emoji is left out
+    assert {i["human_label"] for i in items} == {"heart", "food"}
+    assert {e.category for e in data.emoji} == {"Smileys & Emotion", "Food & Drink"}
+    assert list(data.classes) == list(groups) and list(
+        EmojiImages(size=32, split="validation").classes
+    ) == list(CATEGORIES)
+
+
 def test_validation_captions_do_not_vary():
     data = EmojiImages(size=32, split="validation", templates=["{name}, {subcategory}", "{name}"])
     assert len({data[3]["caption"] for _ in range(10)}) == 1
@@ -113,6 +129,10 @@ def test_long_epochs_repeat_the_same_pictures():
         ({"split": "val"}, "choose one of train, validation, all"),
         ({"categories": ["Smileys"]}, "Did you mean 'Smileys & Emotion'|Known"),
         ({"templates": ["a {nam}"]}, "fields are"),
+        (
+            {"classes": {"love": ["hearts"]}},
+            "class 'love': there is no category or subcategory 'hearts'. Did you mean 'heart'",
+        ),
     ],
 )
 def test_unknown_options_are_named(options, message):

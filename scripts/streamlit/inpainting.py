@@ -1,0 +1,15 @@
+"""Inpainting as a page of Streamlit.
+
+streamlit run scripts/streamlit/inpainting.py configs/stable-diffusion/v2-inpainting-inference.yaml 512-inpainting-ema.ckpt
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout first, whatever else owns `ldm`
+
+from scripts import demo_backend
+
+if __name__ == "__main__":
+    if status := demo_backend.main("inpainting", "streamlit", __doc__):
+        sys.exit(status)

@@ -47,7 +47,7 @@ def fill_in(config):
     sampler = OmegaConf.select(config, "model.params.sampler_config.params")
     if sampler is not None:
         OmegaConf.update(sampler, "num_steps", sampler.get("num_steps", 10))
-        if sampler.guider_config.target.endswith("PredictionGuider"):
+        if OmegaConf.select(sampler, "guider_config.target", default="").endswith("PredictionGuider"):
             OmegaConf.update(sampler, "guider_config.params.num_frames", 14)
 
 

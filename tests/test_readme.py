@@ -1,5 +1,6 @@
 """What README and the documents promise is there: commands, files, configurations, names."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -18,13 +19,16 @@ DOCUMENTS = [p for p in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glo
 
 
 def blocks(text, language):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
 def commands(text):
     """Every shell command of a document, one argument list each."""
     lines = [line for block in blocks(text, "") for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.split(part) for line in lines for part in line.split("&&") if part.strip()]
+    return [
+        words for line in lines for part in line.split("&&") if (words := shlex.split(part, comments=True))
+    ]
 
 
 def test_ci_runs_the_readmes_two_commands():
@@ -71,7 +75,9 @@ def test_links_lead_to_files(document):
 
 def test_dotted_names_of_the_table_that_are_said_to_be_there_can_be_imported():
     rows = [r for r in README.splitlines() if r.startswith("| ") and "to come" not in r]
-    names = [n for row in rows for n in re.findall(r"`((?:taming|ldm|main)\.[\w.{}, ]+)`", row.split("|")[1])]
+    names = [
+        n for row in rows for n in re.findall(r"`((?:taming|ldm|sgm|main)\.[\w.{}, ]+)`", row.split("|")[1])
+    ]
     assert len(names) >= 8
     for name in names:
         stem, _, choices = name.partition("{")
@@ -108,9 +114,19 @@ def test_the_section_for_own_pictures_is_a_configuration(tmp_path):
 
 
 PYTHON = [(d, i) for d in DOCUMENTS for i in range(len(blocks(d.read_text(encoding="utf-8"), "python")))]
+RUN = [
+    (d, i) for d, i in PYTHON if d.name in ("README.md", "tokens.md")
+]  # others take minutes, or a run of one's own
 
 
 @pytest.mark.parametrize(("document", "i"), PYTHON, ids=lambda v: getattr(v, "name", v))
+def test_python_blocks_import_names_that_exist(document, i):
+    tree = ast.parse(blocks(document.read_text(encoding="utf-8"), "python")[i])
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), document.name, "exec"), {})
+
+
+@pytest.mark.parametrize(("document", "i"), RUN, ids=lambda v: getattr(v, "name", v))
 def test_python_blocks_run(document, i, monkeypatch):
     monkeypatch.chdir(ROOT)
     scope = {}

@@ -336,13 +336,13 @@ def _condition_pictures(key: str, given: Any, height: int, width: int) -> Tensor
     """Conditions of n samples as pictures (n, 3, h, w): text in black on white; images are their own."""
     if isimage(given):
         return given
-    small = max(1, height // 20)
+    small, canvas = max(1, height // 20), (height, width)  # as published: the sides change places
     if isinstance(given, Tensor) and given.ndim == 1:
-        return log_txt_as_img((width, height), [str(v.item()) for v in given], size=max(1, height // 4))
+        return log_txt_as_img(canvas, [str(v.item()) for v in given], size=max(1, height // 4))
     if isinstance(given, Tensor) and given.ndim == 2:
-        return log_txt_as_img((width, height), ["x".join(map(str, v.tolist())) for v in given], size=small)
+        return log_txt_as_img(canvas, ["x".join(map(str, v.tolist())) for v in given], size=small)
     if isinstance(given, list | tuple) and all(isinstance(v, str) for v in given):
-        return log_txt_as_img((width, height), given, size=small)
+        return log_txt_as_img(canvas, given, size=small)
     raise NotImplementedError(
         f"the condition {key!r} cannot be drawn; leave it out of log_keys, or set no_cond_log: true"
     )

@@ -61,9 +61,7 @@ def test_a_published_file_is_kept_under_its_path_with_its_values(name):
     assert digest(local(name)) == PUBLISHED[name]["digest"]
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in CONFIGS if "scripts" not in p.parts], ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_configuration_says_what_it_is_for(path):
     """A header of our own: a sentence, how to launch it (where it names a class), what it needs."""
     lines = path.read_text().split("\n")

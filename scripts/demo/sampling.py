@@ -6,6 +6,7 @@ Weights belong to checkpoints/. Pictures go to outputs/demo/<task>/<model>/sampl
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,32 @@ from PIL import Image
 
 from ldm.inference import InferenceError, to_image
 from scripts.demo import backend
-from sgm.inference.api import Discretization, Guider, Sampler, SamplingParams
+from sgm.inference.api import (
+    DISCRETIZATION_OPTIONS,
+    GUIDER_OPTIONS,
+    SAMPLER_OPTIONS,
+    Discretization,
+    Guider,
+    Sampler,
+    SamplingParams,
+)
 from sgm.inference.helpers import get_input_image_tensor, perform_save_locally
 
 TASKS = ("txt2img", "img2img")
 OUT = Path("outputs/demo")
+# options of samplers, noise levels and guidance: label, least and largest value
+OPTIONS: dict[str, tuple[str, float, float]] = {
+    "s_churn": ("Churn", 0.0, 100.0),
+    "s_tmin": ("Churn from σ", 0.0, 999.0),
+    "s_tmax": ("Churn up to σ", 0.0, 999.0),
+    "s_noise": ("Scale of the noise", 0.0, 2.0),
+    "eta": ("Eta", 0.0, 1.0),
+    "order": ("Order", 1, 4),
+    "sigma_min": ("Lowest σ", 0.001, 1.0),
+    "sigma_max": ("Highest σ", 1.0, 1000.0),
+    "rho": ("Rho", 1.0, 10.0),
+    "scale": ("Scale", 0.0, 100.0),
+}
 
 
 @dataclass
@@ -32,6 +54,15 @@ class Second:
     refiner: Any = None
     strength: float = backend.REFINER_STRENGTH
     finish_denoising: bool = True
+
+
+def ask_options(params: SamplingParams, names: Iterable[str]) -> None:
+    """Those options of what was chosen, from the side bar."""
+    for name in names:
+        label, least, most = OPTIONS[name]
+        given = getattr(params, name)
+        digits = "%d" if isinstance(given, int) else "%.4f"
+        setattr(params, name, st.sidebar.number_input(label, least, most, given, format=digits, key=name))
 
 
 def ask_params(name: str, task: str) -> SamplingParams:
@@ -46,11 +77,13 @@ def ask_params(name: str, task: str) -> SamplingParams:
         params.width = int(side.number_input("Width", 64, 2048, edge, 64))
     params.orig_height, params.orig_width = params.height, params.width
     params.steps = int(side.number_input("Steps", 1, 1000, 40))
+    params.scale = 5.0
     params.sampler = Sampler(side.selectbox("Sampler", [s.value for s in Sampler]))
+    ask_options(params, SAMPLER_OPTIONS[params.sampler])
     params.discretization = Discretization(side.selectbox("Noise levels", [d.value for d in Discretization]))
+    ask_options(params, DISCRETIZATION_OPTIONS[params.discretization])
     params.guider = Guider(side.selectbox("Guidance", [g.value for g in Guider]))
-    if params.guider == Guider.VANILLA:
-        params.scale = side.number_input("Scale", 0.0, 100.0, 5.0)
+    ask_options(params, GUIDER_OPTIONS[params.guider])
     if task == "img2img":
         params.img2img_strength = side.number_input("Strength", 0.05, 1.0, 0.75)
     return params

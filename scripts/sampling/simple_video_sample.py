@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from sgm.inference.video import (
     warn_of_untrained,
 )
 from taming.util import nearest
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 ORBIT_SIZE = 576
@@ -67,24 +70,27 @@ def truth(text: str) -> bool:
     return words[text.lower()]
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """The flags that all video scripts share; `defaults` are a script's own."""
+def add_common_arguments(
+    parser: argparse.ArgumentParser, unheeded: Sequence[str] = (), **defaults: Any
+) -> None:
+    """The flags that all video scripts share; `defaults` are a script's own, `unheeded` those that its models are not told."""
     flags: dict[str, tuple[Any, str]] = {
         "input_path": (str, "what to begin with"),
         "output_folder": (str, "where the videos go"),
         "num_steps": (int, "sampling steps; default: the model's"),
-        "fps_id": (int, "frames a second that the model is told, less one of what the video has"),
-        "motion_bucket_id": (int, "how much is to move, 0 to 255"),
+        "fps_id": (int, "frames a second that SVD is told, one less than the video has"),
+        "motion_bucket_id": (int, "how much is to move in SVD, 0 to 255"),
         "cond_aug": (float, "noise on the picture"),
         "seed": (int, "for reproducible videos"),
         "decoding_t": (int, "frames decoded at once; fewer need less memory"),
         "device": (str, "auto, cpu, cuda or mps"),
         "elevations_deg": (numbers, "height of the camera in degrees: one number, or a list"),
         "azimuths_deg": (number_list, "where around the object the camera stands, in degrees"),
-        "image_frame_ratio": (float, "share of the picture's side that the object takes"),
+        "image_frame_ratio": (float, "share of the side that the object takes, for SV3D and SV4D"),
     }
     common = {"fps_id": 6, "motion_bucket_id": 127, "seed": 23, "device": "auto", **defaults}
     for name, (kind, text) in flags.items():
+        text = "accepted, as published; without effect here" if name in unheeded else text
         parser.add_argument(f"--{name}", type=kind, default=common.get(name), help=text)
     parser.add_argument(
         "--verbose", type=truth, nargs="?", const=True, default=False, help="show the sampler's progress"
@@ -121,6 +127,17 @@ def prepare(path: Path, spec: VideoModel, ratio: float | None) -> Tensor:
     return as_frames([object_on_white(open_with_alpha(path), ratio, ORBIT_SIZE)])
 
 
+def warn_of_unheeded(version: str, azimuths_deg: Any, image_frame_ratio: Any) -> None:
+    """Say which of the values the model is not told."""
+    spec = VIDEO_MODELS[version]
+    for flag, given, is_heeded in (
+        ("azimuths_deg", azimuths_deg, spec.knows_camera),
+        ("image_frame_ratio", image_frame_ratio, spec.is_orbit),
+    ):
+        if given is not None and not is_heeded:
+            logger.warning("--%s has no effect on %s", flag, version)
+
+
 def sample(
     input_path: str = "assets/test_image.png",
     num_frames: int | None = None,
@@ -152,6 +169,7 @@ def sample(
     if version not in VIDEO_MODELS:
         raise InferenceError(f"--version {version} is unknown. {nearest(version, VIDEO_MODELS)}")
     spec = VIDEO_MODELS[version]
+    warn_of_unheeded(version, azimuths_deg, image_frame_ratio)
     count = num_frames or spec.num_frames
     cond_aug = spec.cond_aug if cond_aug is None else cond_aug
     paths = find_pictures(input_path)

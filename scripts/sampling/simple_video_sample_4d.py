@@ -36,8 +36,8 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(
-        parser, input_path="assets/sv4d_videos/test_video1.mp4", output_folder="outputs/sv4d", num_steps=20, cond_aug=1e-5,
-        decoding_t=4, elevations_deg=10.0, image_frame_ratio=0.917,
+        parser, ("fps_id", "motion_bucket_id"), input_path="assets/sv4d_videos/test_video1.mp4", output_folder="outputs/sv4d",
+        num_steps=20, cond_aug=1e-5, decoding_t=4, elevations_deg=10.0, image_frame_ratio=0.917,
     )  # fmt: skip
     add_4d_arguments(parser)
     parser.add_argument("--sv3d_version", default="sv3d_u", help=f"one of {', '.join(ORBITS)}")

@@ -32,8 +32,8 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_arguments(
-        parser, input_path="assets/sv4d_videos/camel.gif", output_folder="outputs", num_steps=50, decoding_t=4, elevations_deg=0.0,
-        image_frame_ratio=0.9,
+        parser, ("fps_id", "motion_bucket_id", "cond_aug"), input_path="assets/sv4d_videos/camel.gif", output_folder="outputs",
+        num_steps=50, decoding_t=4, elevations_deg=0.0, image_frame_ratio=0.9,
     )  # fmt: skip
     add_4d_arguments(parser)
     parser.add_argument(

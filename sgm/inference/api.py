@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ldm.inference import choose_device
+from ldm.lora import load_lora
 from sgm.inference.helpers import (
     Filter,
     Img2ImgDiscretizationWrapper,
@@ -253,10 +254,12 @@ class SamplingPipeline:
         config_path: folder of the configurations; those that are shipped are found without it.
         device: where to compute; the GPU if None and there is one.
         use_fp16: half precision for the network and the conditioner, on a GPU.
+        lora: files of low-rank adapters, of any layout that `ldm.lora.load_lora` reads, and how strong each is.
 
     Raises:
         ValueError: an unknown model.
-        FileNotFoundError: its configuration or its checkpoint is missing.
+        FileNotFoundError: its configuration, its checkpoint or a LoRA is missing.
+        CheckpointError: a LoRA for another model.
     """
 
     def __init__(
@@ -266,6 +269,7 @@ class SamplingPipeline:
         config_path: str | Path = "configs/inference",
         device: str | torch.device | None = None,
         use_fp16: bool = True,
+        lora: Mapping[str | Path, float] | None = None,
     ) -> None:
         if model_id not in model_specs:
             raise ValueError(
@@ -281,6 +285,8 @@ class SamplingPipeline:
             )
         self.device = choose_device(str(device or "auto"))
         self.model = self._load_model(use_fp16)
+        for file, strength in (lora or {}).items():
+            load_lora(self.model, file, strength)
 
     def _load_model(self, use_fp16: bool) -> Any:
         model: Any = load_model_from_config(OmegaConf.load(self.config), self.ckpt).to(self.device)
@@ -289,8 +295,9 @@ class SamplingPipeline:
             model.model.half()
         return model
 
-    def _uncond_zeros(self) -> list[str]:
-        return [] if self.specs.is_legacy else ["txt"]
+    def _uncond_zeros(self, negative_prompt: str) -> list[str]:
+        """Entries whose unconditional embedding is zero: the text of a model trained so, where nothing is to be avoided."""
+        return [] if self.specs.is_legacy or negative_prompt else ["txt"]
 
     def text_to_image(
         self,
@@ -307,7 +314,7 @@ class SamplingPipeline:
         Args:
             params: how; `width` and `height` are the images' size.
             prompt: what to draw.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: what guidance leads away from; without one, what training put in the place of dropped texts.
             samples: how many.
             return_latents: give the latents, too.
             filter: is called with the images.
@@ -326,7 +333,7 @@ class SamplingPipeline:
             )
         return do_sample(
             self.model, sampler, values, samples, params.height, params.width, self.specs.channels,
-            self.specs.factor, self._uncond_zeros(), return_latents=return_latents, filter=filter, device=self.device,
+            self.specs.factor, self._uncond_zeros(negative_prompt), return_latents=return_latents, filter=filter, device=self.device,
         )  # fmt: skip
 
     def image_to_image(
@@ -347,7 +354,7 @@ class SamplingPipeline:
         values = {**asdict(params), "prompt": prompt, "negative_prompt": negative_prompt}
         values |= {"target_width": width, "target_height": height}
         return do_img2img(
-            image, self.model, self._redrawing(params), values, samples, self._uncond_zeros(),
+            image, self.model, self._redrawing(params), values, samples, self._uncond_zeros(negative_prompt),
             return_latents=return_latents, filter=filter, device=self.device,
         )  # fmt: skip
 

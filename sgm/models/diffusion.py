@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from ldm.lora import train_lora
+from ldm.models.diffusion.adapted import Adapted
 from ldm.models.diffusion.pixel import adamw
 from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
 from sgm.modules import UNCONDITIONAL_CONFIG
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = (".ckpt", ".safetensors")
 
 
-class DiffusionEngine(pl.LightningModule):
+class DiffusionEngine(Adapted):
     """A latent diffusion model in the σ view, out of exchangeable parts.
 
     Args:
@@ -53,10 +54,13 @@ class DiffusionEngine(pl.LightningModule):
         no_cond_log: draw none of them.
         compile_model: compile the network; the names of its weights stay the same.
         en_and_decode_n_samples_a_time: so many images go through the first stage at once; all if None.
+        lora_config: train low-rank adapters of the network, and with `text_encoder: true` of the embedders that hold a CLIP, and
+            nothing else; see `ldm.models.diffusion.adapted.Adapted`.
 
     Raises:
         CheckpointError: weights that cannot be read or do not fit.
         NotImplementedError: ckpt_path is no .ckpt or .safetensors (the published error class).
+        ValueError: lora_config beside use_ema, or text_encoder without a text encoder of that kind.
 
     Source: Rombach et al. 2022; Karras et al. 2022; Podell et al. 2023 (SDXL).
     """
@@ -84,8 +88,11 @@ class DiffusionEngine(pl.LightningModule):
         no_cond_log: bool = False,
         compile_model: bool = False,
         en_and_decode_n_samples_a_time: int | None = None,
+        lora_config: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        if lora_config is not None:
+            self.prepare_adapters(lora_config, {"use_ema": use_ema})
         self.input_key, self.log_keys, self.no_cond_log = input_key, log_keys, no_cond_log
         self.optimizer_config, self.scheduler_config = optimizer_config, scheduler_config
         self.scale_factor = scale_factor
@@ -104,6 +111,8 @@ class DiffusionEngine(pl.LightningModule):
         self.register_load_state_dict_pre_hook(_adopt_latent_diffusion)
         if ckpt_path is not None:
             self.init_from_ckpt(ckpt_path)
+        if lora_config is not None:
+            self._adapt(lora_config)
 
     # ---------------------------------------------------------------------------------------------- weights
 
@@ -171,6 +180,24 @@ class DiffusionEngine(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------- training
 
+    def _adapt(self, config: Mapping[str, Any]) -> None:
+        """Freeze everything and add adapters; embedders run with gradients if, and only if, they have some."""
+        self.lora = train_lora(self, config)
+        adapters: Iterable[Any] = self.lora.values()
+        adapted = {adapter.place.holder for adapter in adapters}
+        for embedder in self.conditioner.embedders:
+            embedder.is_trainable = not adapted.isdisjoint(embedder.modules())
+        if config.get("text_encoder") and not any(e.is_trainable for e in self.conditioner.embedders):
+            kinds = [type(embedder).__name__ for embedder in self.conditioner.embedders]
+            raise ValueError(
+                f"lora_config.text_encoder is set, but no embedder holds a text encoder of CLIP: they are {kinds}. Leave it out."
+            )
+
+    @property
+    def lora_layout(self) -> str:
+        """Kohya's layout with the blocks named as here: the published one for SDXL."""
+        return "kohya-ldm"
+
     def forward(self, x: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of latents under the conditions of their batch, and what to log."""
         loss = self.loss_fn(self.model, self.denoiser, self.conditioner, x, batch).mean()
@@ -210,7 +237,9 @@ class DiffusionEngine(pl.LightningModule):
             self.model_ema(self.model)
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Those of the network, then of each trainable embedder."""
+        """Those of the network, then of each trainable embedder; or those of the adapters."""
+        if self.lora is not None:
+            return list(self.lora.parameters())
         trained = [e for e in self.conditioner.embedders if e.is_trainable]
         return [p for part in (self.model, *trained) for p in part.parameters()]
 
@@ -300,7 +329,7 @@ class DiffusionEngine(pl.LightningModule):
 
         Args:
             batch: a batch.
-            N: images of it.
+            N: images of it; of clips as many as are whole, or the first.
             sample: draw `samples`, with the averaged weights where there are any.
             ucg_keys: entries whose embeddings are zero in the unconditional condition; all if None.
             kwargs: accepted, as callbacks and older configurations give more.
@@ -314,7 +343,7 @@ class DiffusionEngine(pl.LightningModule):
         known = self._embedder_keys()
         if unknown := set(ucg_keys or ()) - set(known):
             raise AssertionError(f"ucg_keys={sorted(unknown)} are read by no embedder; choose among {known}")
-        x = self.get_input(batch)[:N].to(self.device)
+        x = self.get_input(batch)[: _whole_clips(batch, N)].to(self.device)
         n = len(x)
         c, uc = self.conditioner.get_unconditional_conditioning(
             batch, force_uc_zero_embeddings=list(known if ucg_keys is None else ucg_keys)
@@ -330,6 +359,12 @@ class DiffusionEngine(pl.LightningModule):
                 samples = self.sample(c, uc, n, z.shape[1:], **self._network_inputs(batch, n))
             log["samples"] = self.decode_first_stage(samples)
         return log
+
+
+def _whole_clips(batch: Mapping[str, Any], n: int) -> int:
+    """The largest number of images up to n that cuts no clip of `num_video_frames` in two; one clip at least."""
+    frames = batch.get("num_video_frames")
+    return max(n // frames, 1) * frames if isinstance(frames, int) else n
 
 
 def _condition_pictures(key: str, given: Any, height: int, width: int) -> Tensor:

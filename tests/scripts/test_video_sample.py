@@ -50,15 +50,17 @@ def test_a_picture_becomes_a_video_and_memory_of_decoding_is_bounded(scripts, fo
     decode = video.decode_in_chunks
 
     def counted(model, latents, decoding_t):
-        stage, plain = model.first_stage_model, model.first_stage_model.decode
-        stage.decode = lambda z: seen.append(len(z)) or plain(z)
+        decoder = model.first_stage_model.decoder
+        decoder.register_forward_pre_hook(
+            lambda _, args, options: seen.append((len(args[0]), options["timesteps"])), with_kwargs=True
+        )
         return decode(model, latents, decoding_t)
 
     monkeypatch.setattr(video, "decode_in_chunks", counted)
     argv = ["--input_path", "photo.png", *flags("svd", num_frames=5, decoding_t=2, output_folder="out")]
     main = scripts["simple_video_sample"].main
     torch.manual_seed(0)  # decides the weights
-    assert main(argv) == 0 and seen == [2, 2, 1]
+    assert main(argv) == 0 and seen == [(2, 2), (2, 2), (1, 1)]  # the decoder of video knows its frames
     assert sorted(p.name for p in Path("out").iterdir()) == ["000000.jpg", "000000.mp4"]
     assert Image.open("out/000000.jpg").size == (64, 64)  # 91x70, cut down to multiples of 64
     frames = read_video("out/000000.mp4", 5)
@@ -178,6 +180,26 @@ def test_flags_that_are_no_numbers_are_refused(scripts, capsys):
             parse(argv)
         assert "is neither" in capsys.readouterr().err
     assert parse(["--azimuths_deg", "7", "--verbose", "True"]).azimuths_deg == [7.0]
+
+
+def test_flags_that_a_model_is_not_told_are_said(scripts, folder, monkeypatch, caplog):
+    script = scripts["simple_video_sample"]
+    monkeypatch.setattr(script, "animate", lambda *_: torch.zeros(2, 3, 64, 64))
+    argv = flags("svd", input_path="photo.png", num_frames=2, output_folder="out")
+    assert script.main(argv) == 0 and "has no effect" not in caplog.text
+    assert script.main([*argv, "--azimuths_deg=0,90", "--image_frame_ratio=0.5"]) == 0
+    assert [m for m in caplog.messages if "has no effect" in m] == [
+        "--azimuths_deg has no effect on svd", "--image_frame_ratio has no effect on svd",
+    ]  # fmt: skip
+    unheeded = {}
+    for name, each in scripts.items():
+        texts = {action.dest: action.help for action in each.get_parser()._actions}
+        unheeded[name] = [flag for flag, text in texts.items() if "without effect" in (text or "")]
+    assert list(unheeded.values()) == [
+        [],
+        ["fps_id", "motion_bucket_id"],
+        ["fps_id", "motion_bucket_id", "cond_aug"],
+    ]
 
 
 def test_published_defaults_stand(scripts):

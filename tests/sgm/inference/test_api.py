@@ -100,17 +100,29 @@ def test_text_becomes_images_of_the_size_asked_for_and_the_seed_decides(base):
     assert not torch.equal(first, other_prompt)
 
 
-def test_base_models_of_sdxl_have_no_unconditional_text(base):
-    """Its embedding is zero, so the negative prompt changes nothing; in legacy models it is encoded."""
-    made = []
-    for negative in ("", "ugly"):
+def test_what_to_avoid_is_heeded_and_without_it_base_models_of_sdxl_have_no_unconditional_text(
+    base, monkeypatch
+):
+    """Nothing to avoid: the embedding is zero, as in training; in legacy models it is that of the empty text."""
+    made, zeroed = {}, []
+    plain = base.model.conditioner.get_unconditional_conditioning
+    monkeypatch.setattr(
+        base.model.conditioner,
+        "get_unconditional_conditioning",
+        lambda *args, **options: (
+            zeroed.append(options["force_uc_zero_embeddings"]) or plain(*args, **options)
+        ),
+    )
+    for negative in ("", "ugly", "grey"):
         torch.manual_seed(0)
-        made.append(base.text_to_image(SamplingParams(**PARAMS), "a cat", negative))
-    assert torch.equal(*made)
+        made[negative] = base.text_to_image(SamplingParams(**PARAMS), "a cat", negative)
+    assert zeroed == [["txt"], [], []]
+    assert not torch.equal(made[""], made["ugly"]) and not torch.equal(made["ugly"], made["grey"])
     legacy = copy.copy(base)
     legacy.specs = dataclasses.replace(base.specs, is_legacy=True)
     torch.manual_seed(0)
-    assert not torch.equal(legacy.text_to_image(SamplingParams(**PARAMS), "a cat", "ugly"), made[0])
+    assert not torch.equal(legacy.text_to_image(SamplingParams(**PARAMS), "a cat"), made[""])
+    assert zeroed[-1] == []
 
 
 def test_images_are_redrawn_as_far_as_the_strength_says(base):

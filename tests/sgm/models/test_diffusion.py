@@ -1,11 +1,13 @@
 """The engine: what goes through its first stage, its checkpoints, its training, its pictures."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,6 +16,7 @@ from sgm.modules.autoencoding.temporal_ae import VideoDecoder
 from sgm.util import append_dims, instantiate_from_config
 from taming.checkpoint import CheckpointError
 
+SVD = Path(__file__).resolve().parents[2] / "scripts/video/svd.yaml"
 BASE = "sgm.modules.diffusionmodules."
 EMBEDDERS = "sgm.modules.encoders.modules."
 NETWORK = {
@@ -46,6 +49,15 @@ LOSS = {
         "loss_weighting_config": {"target": BASE + "loss_weighting.EDMWeighting"},
     },
 }
+
+VIDEO_LOSS = {**LOSS, "params": {**LOSS["params"], "batch2model_keys": ["num_video_frames"]}}
+CLIPS = {
+    "target": BASE + "video_model.VideoUNet",
+    "params": {
+        "in_channels": 1, "out_channels": 1, "model_channels": 32, "attention_resolutions": [], "num_res_blocks": 1, "channel_mult": [1],
+        "num_head_channels": 32, "context_dim": 8, "video_kernel_size": [3, 1, 1],
+    },
+}  # fmt: skip
 
 
 def engine(**options):
@@ -95,23 +107,26 @@ def test_chunks_go_through_the_first_stage_one_after_another_and_give_the_same()
 
 
 def test_a_decoder_of_video_is_told_how_many_frames_its_chunk_has():
-    class Frames(VideoDecoder):
-        def __init__(self):
-            nn.Module.__init__(self)
-
-    class Stage(Doubling):
-        def __init__(self):
-            super().__init__()
-            self.decoder, self.frames = Frames(), []
-
-        def decode(self, z, timesteps):
-            self.frames.append(timesteps)
-            return z
-
-    model = engine(en_and_decode_n_samples_a_time=3)
-    model.first_stage_model = Stage()
-    model.decode_first_stage(batch_of(7)["jpg"])
-    assert model.first_stage_model.frames == [3, 3, 1]
+    """Stable Video Diffusion's parts, tiny: each chunk is a clip of its own to the temporal layers."""
+    config = OmegaConf.load(SVD)
+    config.model.params.en_and_decode_n_samples_a_time = 3
+    del config.model.params.sampler_config  # the video scripts fill it in
+    model, told = instantiate_from_config(config.model).eval(), []
+    decoder = model.first_stage_model.decoder
+    assert isinstance(decoder, VideoDecoder)
+    decoder.register_forward_pre_hook(
+        lambda _, z, options: told.append((len(z[0]), options)), with_kwargs=True
+    )
+    z = torch.randn(7, 4, 2, 2)
+    decoded = model.decode_first_stage(z)
+    assert told == [(n, {"timesteps": n}) for n in (3, 3, 1)]
+    clips = [decoder(part, timesteps=len(part)) for part in (z / model.scale_factor).split(3)]
+    assert torch.equal(decoded, torch.cat(clips))
+    model.en_and_decode_n_samples_a_time = None
+    whole = model.decode_first_stage(z)
+    assert told[-1] == (7, {"timesteps": 7})
+    # frames see each other: the seam of two chunks shows, the first frame's neighbourhood does not
+    assert not torch.allclose(whole[3], decoded[3], atol=1e-4)
 
 
 def test_a_first_stage_of_chapter_two_is_drawn_from():
@@ -334,6 +349,25 @@ def test_pictures_show_inputs_conditions_and_samples():
     assert list(model.log_images(batch, sample=False)) == ["inputs", "reconstructions"]
     with pytest.raises(AssertionError, match="txt"):
         model.log_images(batch, ucg_keys=["txt"])
+
+
+@pytest.mark.parametrize(("wanted", "shown"), [(8, 6), (2, 3), (3, 3), (99, 9)])
+def test_pictures_of_clips_are_whole_clips(wanted, shown):
+    """Three clips of three frames; a network of video takes nothing else."""
+    label = {**CLASSES, "params": {**CLASSES["params"], "add_sequence_dim": True}}
+    conditioner = {"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": [label]}}
+    model = engine(
+        sampler_config=SAMPLER,
+        conditioner_config=conditioner,
+        network_config=CLIPS,
+        loss_fn_config=VIDEO_LOSS,
+        no_cond_log=True,
+    )
+    batch = {"jpg": torch.rand(9, 1, 8, 8), "cls": torch.arange(9) // 3, "num_video_frames": 3}
+    log = model.eval().log_images(batch, N=wanted)
+    assert {k: len(v) for k, v in log.items()} == dict.fromkeys(
+        ("inputs", "reconstructions", "samples"), shown
+    )
 
 
 def test_conditions_are_drawn_by_their_kind():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ldm.conversion import autoencoder_table
 from sgm.modules.autoencoding.temporal_ae import (
     AE3DConv,
     VideoBlock,
@@ -8,7 +9,7 @@ from sgm.modules.autoencoding.temporal_ae import (
     VideoResBlock,
     make_time_attn,
 )
-from sgm.modules.diffusionmodules.model import Decoder
+from sgm.modules.diffusionmodules.model import Decoder, Encoder
 
 LAYERS = {
     "ch": 32, "out_ch": 3, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [], "in_channels": 3, "resolution": 16,
@@ -91,44 +92,6 @@ def test_bad_options_and_clips_are_refused(build, error, says):
         build()
 
 
-def diffusers_names(state):
-    """Names of our temporal decoder → those of diffusers' `TemporalDecoder`."""
-    spatial = {"nin_shortcut": "conv_shortcut"}
-    temporal = {
-        "in_layers.0": "norm1",
-        "in_layers.2": "conv1",
-        "out_layers.0": "norm2",
-        "out_layers.3": "conv2",
-    }
-    attention = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-    fixed = {"norm_out": "conv_norm_out", "conv_out.time_mix_conv": "time_conv_out"}
-    levels = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("up."))
-
-    def block(place, rest):
-        if rest == "mix_factor":
-            return f"{place}.time_mixer.mix_factor"
-        if rest.startswith("time_stack."):
-            layer, kind = rest.removeprefix("time_stack.").rsplit(".", 1)
-            return f"{place}.temporal_res_block.{temporal[layer]}.{kind}"
-        layer, kind = rest.rsplit(".", 1)
-        return f"{place}.spatial_res_block.{spatial.get(layer, layer)}.{kind}"
-
-    for name in state:
-        parts = name.split(".")
-        if name.startswith("mid.block"):
-            yield name, block(f"mid_block.resnets.{int(parts[1][-1]) - 1}", ".".join(parts[2:]))
-        elif name.startswith("mid.attn"):
-            layer, kind = ".".join(parts[2:]).rsplit(".", 1)
-            yield name, f"mid_block.attentions.0.{attention[layer]}.{kind}"
-        elif name.startswith("up."):
-            place = f"up_blocks.{levels - 1 - int(parts[1])}"
-            inner = block(f"{place}.resnets.{parts[3]}", ".".join(parts[4:])) if parts[2] == "block" else None
-            yield name, inner or f"{place}.upsamplers.0.conv.{parts[-1]}"
-        else:
-            layer, kind = name.rsplit(".", 1)
-            yield name, f"{fixed.get(layer, layer)}.{kind}"
-
-
 @torch.no_grad()
 def test_it_equals_the_temporal_decoder_of_diffusers():
     from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
@@ -137,10 +100,10 @@ def test_it_equals_the_temporal_decoder_of_diffusers():
     theirs = TemporalDecoder(
         in_channels=4, out_channels=3, block_out_channels=(32, 64), layers_per_block=2
     ).eval()
-    state, wanted = ours.state_dict(), theirs.state_dict()
-    theirs.load_state_dict(
-        {there: state[here].reshape(wanted[there].shape) for here, there in diffusers_names(state)}
-    )
+    first_stage = torch.nn.ModuleDict({"encoder": Encoder(**LAYERS, double_z=True), "decoder": ours})
+    converted = autoencoder_table(first_stage).to_diffusers(first_stage.state_dict())
+    decoder = {k: v for k, v in converted.items() if k.startswith("decoder.")}
+    theirs.load_state_dict({k.removeprefix("decoder."): v for k, v in decoder.items()})
     z, frames = torch.randn(6, 4, 8, 8), 3
     expected = theirs(z, image_only_indicator=torch.zeros(2, frames), num_frames=frames)
     torch.testing.assert_close(ours(z, timesteps=frames), expected, atol=1e-4, rtol=1e-4)

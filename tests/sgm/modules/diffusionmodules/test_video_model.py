@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.conversion import unet_table
 from ldm.modules.diffusionmodules.util import timestep_embedding
 from sgm.modules.diffusionmodules.openaimodel import UNetModel
 from sgm.modules.diffusionmodules.video_model import (
@@ -45,57 +46,7 @@ def clip_inputs(b=1, t=3, size=8):
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- diffusers' names
-
-RES = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}  # fmt: skip
-TRANSFORMER = {
-    "time_stack": "temporal_transformer_blocks",
-    "time_pos_embed.0": "time_pos_embed.linear_1",
-    "time_pos_embed.2": "time_pos_embed.linear_2",
-}
-ENDS = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb.0.0": "add_embedding.linear_1",
-    "label_emb.0.2": "add_embedding.linear_2", "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
-
-
-def renamed(table, name):
-    for old, new in table.items():
-        if name.startswith(old + "."):
-            return new + name.removeprefix(old)
-    return name
-
-
-def to_diffusers(name, blocks=2):
-    """The name of a weight of `VideoUNet` in diffusers' UNetSpatioTemporalConditionModel.
-
-    A level has `blocks` residual blocks on the way down and one more on the way up.
-    """
-    if renamed(ENDS, name) != name:
-        return renamed(ENDS, name)
-    part, number, rest = name.split(".", 2)
-    i, j = int(number), 0
-    if part == "middle_block":
-        where, kind, j = "mid_block", "attentions" if i == 1 else "resnets", i // 2
-    else:
-        (level, j), way = (
-            divmod(i - (part == "input_blocks"), blocks + 1),
-            "down" if part == "input_blocks" else "up",
-        )
-        layer, rest = rest.split(".", 1)
-        kind = "attentions" if layer == "1" else "resnets"
-        if rest.startswith(("op.", "conv.")):
-            kind, j, rest = f"{way}samplers", 0, rest.replace("op.", "conv.")
-        where = f"{way}_blocks.{level}"
-    if kind == "attentions":
-        rest = renamed(TRANSFORMER, rest)
-    elif kind == "resnets" and not rest.startswith("time_mixer."):
-        path = "temporal" if rest.startswith("time_stack.") else "spatial"
-        rest = f"{path}_res_block.{renamed(RES, rest.removeprefix('time_stack.'))}"
-    return f"{where}.{kind}.{j // 2 if where == 'mid_block' and kind == 'attentions' else j}.{rest}"
+# ------------------------------------------------------------------------------------------------------------- diffusers
 
 
 def test_svds_unet_equals_diffusers():
@@ -109,7 +60,7 @@ def test_svds_unet_equals_diffusers():
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
     ).eval()  # fmt: skip
-    peer.load_state_dict({to_diffusers(k): v for k, v in ours.state_dict().items()})
+    peer.load_state_dict(unet_table(ours).to_diffusers(ours.state_dict()))
     for block in (m for m in peer.modules() if isinstance(m, SpatioTemporalResBlock)):
         for norm in (m for m in block.modules() if isinstance(m, nn.GroupNorm)):
             norm.eps = 1e-5  # diffusers has 1e-6 in some
@@ -135,9 +86,8 @@ def test_svds_unet_has_the_published_names_and_shapes():
     with torch.device("meta"):
         ours = VideoUNet(**{**SVD, **full, "context_dim": 1024, "adm_in_channels": 768})
         peer = UNetSpatioTemporalConditionModel()
-    assert {to_diffusers(k): v.shape for k, v in ours.state_dict().items()} == {
-        k: v.shape for k, v in peer.state_dict().items()
-    }
+    converted = unet_table(ours).to_diffusers(ours.state_dict())
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in peer.state_dict().items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- one by one

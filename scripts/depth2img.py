@@ -14,11 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout first, whatever else owns `ldm`
 
-from pytorch_lightning import seed_everything
 from tqdm import trange
 
 from ldm import inference, inference_conditioned, inference_images
-from ldm.inference_images import Finished, Gallery
+from ldm.inference_images import Finished
 from scripts import flags
 
 CONFIG = inference_conditioned.KINDS["depth"][2]
@@ -53,6 +52,7 @@ def run(opt: argparse.Namespace) -> Finished:
     for flag, what in (("init_img", "the picture to begin with"), ("ckpt", "the model")):
         if not getattr(opt, flag):
             raise inference.InferenceError(f"name {what}: --{flag.replace('_', '-')} FILE")
+    opt.prompt = opt.prompt or ""  # --prompt without a value
     picture = inference_images.open_picture(opt.init_img, "--init-img")
     device = inference.choose_device(opt.device)
     flags.fill_config(opt, CONFIG)
@@ -63,22 +63,17 @@ def run(opt: argparse.Namespace) -> Finished:
         path, init_img=Path(opt.init_img).name, strength=opt.strength, negative_prompt=opt.negative_prompt, seed=opt.seed,
         sampler="ddim", steps=opt.steps, eta=opt.ddim_eta, scale=opt.scale, config=opt.config, lora=lora,
     )  # fmt: skip
-    gallery = Gallery(opt.outdir, common, opt.n_rows or opt.n_samples, not opt.skip_save, not opt.skip_grid)
-    # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
-    seed_everything(opt.seed, verbose=False)
-    with inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope():
-        with gallery.until_stopped():
-            for i in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
-                depth, made = inference_conditioned.keep_depth(
-                    model, picture, opt.prompt, opt.negative_prompt, opt.steps, opt.n_samples, opt.scale, opt.strength,
-                    opt.ddim_eta,
-                )  # fmt: skip
-                if i == 0:
-                    number = inference.next_number(gallery.folder, r"depth-(\d+)\.png")
-                    gallery.save(depth, gallery.folder / f"depth-{number:04}.png", common)
-                for image in made:
-                    gallery.add(image, opt.prompt)
-        gallery.close()
+    gallery = flags.make_gallery(opt, common)
+    with flags.drawing(model, gallery, opt):
+        for i in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
+            depth, made = inference_conditioned.keep_depth(
+                model, picture, opt.prompt, opt.negative_prompt, opt.steps, opt.n_samples, opt.scale, opt.strength, opt.ddim_eta
+            )  # fmt: skip
+            if i == 0:
+                number = inference.next_number(gallery.folder, r"depth-(\d+)\.png")
+                gallery.save(depth, gallery.folder / f"depth-{number:04}.png", common)
+            for image in made:
+                gallery.add(image, opt.prompt)
     return gallery
 
 

@@ -53,13 +53,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-r", "--resume", required=True, help="folder of a run, or a checkpoint in it")
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="config.yaml", help="further configurations")  # fmt: skip
     parser.add_argument("--outfile", default="grid.png", help="the picture")
-    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="ddim")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sampler", choices=sorted(SAMPLERS), default="ddim", help="default: ddim")
+    parser.add_argument("--steps", type=int, default=50, help="of the sampler")
     parser.add_argument("--scale", type=float, default=2.0, help="guidance towards a class; 1 is none")
     parser.add_argument("--columns", type=int, default=8, help="pictures in a row")
     parser.add_argument("--rows", type=int, default=3, help="rows of held-out pictures to show")
-    parser.add_argument("--batch_size", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--batch_size", type=int, default=60, help="held-out pictures at once")
+    parser.add_argument("--seed", type=int, default=42, help="for reproducible pictures")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser
 

@@ -51,17 +51,30 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-r", "--resume", required=True, help="folder of a run, or a checkpoint in it")
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="config.yaml", help="further configurations")  # fmt: skip
     parser.add_argument(
-        "--samplers", nargs="+", choices=sorted(SAMPLERS), default=["ddim", "plms", "dpm", "unipc", "deis"]
+        "--samplers",
+        nargs="+",
+        choices=sorted(SAMPLERS),
+        default=["ddim", "plms", "dpm", "unipc", "deis"],
+        help="to compare",
     )
-    parser.add_argument("--steps", nargs="+", type=int, default=[4, 6, 8, 12, 20, 50])
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[4, 6, 8, 12, 20, 50], help="numbers of steps to compare"
+    )
     parser.add_argument("--reference", choices=sorted(SAMPLERS), default="dpm", help="sampler of the reference")  # fmt: skip
-    parser.add_argument("--reference_steps", type=int, default=250)
+    parser.add_argument("--reference_steps", type=int, default=250, help="steps of the reference")
     parser.add_argument("-n", "--n_samples", type=int, default=128, help="captions, spread over the data set")
     parser.add_argument("--split", default="train", help="section of the configuration's data to take them from")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="pictures at once")
     parser.add_argument("--scale", type=float, default=3.0, help="guidance; 1 is none")
-    parser.add_argument("--time_spacing", default="uniform", help="uniform, as published, or trailing")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--time_spacing",
+        choices=["uniform", "trailing"],
+        default="uniform",
+        help="which steps to visit; uniform is the published way",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=42, help="of the noise, and of captions drawn among several names"
+    )
     parser.add_argument("--outfile", help="picture strip: a row for each sampler, a column for each number of steps")  # fmt: skip
     parser.add_argument("--columns", type=int, default=3, help="captions in the strip")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -236,13 +249,14 @@ def evaluate(opt: argparse.Namespace, overrides: list[str]) -> str:
     n = min(opt.n_samples, len(z_all))
     chosen = torch.arange(n) * len(z_all) // n
     z_real, noise = z_all[chosen], torch.randn(n, *z_all.shape[1:])
-    todo = [(opt.reference, opt.reference_steps), *((s, k) for s in opt.samplers for k in opt.steps)]
+    todo = {(opt.reference, opt.reference_steps), *((s, k) for s in opt.samplers for k in opt.steps)}
     made: dict[Cell, Tensor] = {}
     calls: dict[Cell, int] = {}
     compared = Comparison(
         model, [captions[i] for i in chosen], noise, opt.scale, opt.batch_size, opt.time_spacing
     )
-    with model.ema_scope(), tqdm(todo) as bar:
+    # few steps first: what cannot be sampled is known before the reference has taken its many
+    with model.ema_scope(), tqdm(sorted(todo, key=lambda cell: cell[::-1])) as bar:
         for cell in bar:
             bar.set_description(f"{cell[0]}, {cell[1]} steps")
             made[cell], calls[cell] = compared.draw(*cell)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ldm.inference import InferenceError, choose_device, load_run
+from scripts.sample_fast import require_tokens
 from taming.checkpoint import CheckpointError
 from taming.data.utils import custom_collate
 from taming.modules.vqvae.codebook import code_counts, perplexity_of
@@ -37,7 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-r", "--resume", required=True, help="folder of a run, or a checkpoint in it")
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="config.yaml", help="further configurations")  # fmt: skip
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures at once")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser
 
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     opt = get_parser().parse_args(flags)
     try:
         run = load_run(opt.resume, opt.base, overrides, choose_device(opt.device))
-        if not hasattr(run.model, "transformer"):
-            raise InferenceError(f"{opt.resume} is a {type(run.model).__name__}, no token transformer")
+        require_tokens(run.model, opt.resume)
         data = instantiate_from_config(run.config.data)
         data.prepare_data()
         data.setup()

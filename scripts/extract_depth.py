@@ -33,8 +33,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
-    parser.add_argument("--outdir", default="data/imagenet_depth")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS), help="default: both")
+    parser.add_argument("--outdir", default="data/imagenet_depth", help="folder for the maps")
     parser.add_argument("--model", default="MiDaS", help="a model of torch.hub's intel-isl/MiDaS (the published one is MiDaS), or one of transformers with a slash: Intel/dpt-large")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     return parser

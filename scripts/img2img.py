@@ -14,12 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout first, whatever else owns `ldm`
 
-import torch
-from pytorch_lightning import seed_everything
 from tqdm import trange
 
 from ldm import inference, inference_images
-from ldm.inference_images import Finished, Gallery
+from ldm.inference_images import Finished
 from scripts import flags
 
 # where the published defaults differ from those of txt2img, by family of configurations
@@ -95,25 +93,19 @@ def run(opt: argparse.Namespace) -> Finished:
         steps=opt.steps, eta=opt.ddim_eta, scale=opt.scale, size=f"{picture.width}x{picture.height}", config=opt.config,
         lora=lora,
     )  # fmt: skip
-    gallery = Gallery(opt.outdir, common, opt.n_rows or opt.n_samples, not opt.skip_save, not opt.skip_grid)
-    # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
-    seed_everything(opt.seed, verbose=False)
-    with torch.no_grad(), inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope():
+    gallery = flags.make_gallery(opt, common)
+    with flags.drawing(model, gallery, opt):
         pixels = inference_images.to_pixels(picture).to(device).repeat(opt.n_samples, 1, 1, 1)
         latents = inference_images.latents_of(model, pixels)
-        with gallery.until_stopped():
-            for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
-                for prompts in batches:
-                    c, uc = inference_images.encoded_texts(
-                        model, prompts, opt.negative_prompt, opt.scale != 1.0
-                    )
-                    start = latents[: len(prompts)]
-                    made = inference_images.redraw(
-                        model, start, c, uc, opt.scale, strength, opt.steps, opt.ddim_eta
-                    )
-                    for prompt, image in zip(prompts, made, strict=True):
-                        gallery.add(image, prompt)
-        gallery.close()
+        for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
+            for prompts in batches:
+                c, uc = inference_images.encoded_texts(model, prompts, opt.negative_prompt, opt.scale != 1.0)
+                start = latents[: len(prompts)]
+                made = inference_images.redraw(
+                    model, start, c, uc, opt.scale, strength, opt.steps, opt.ddim_eta
+                )
+                for prompt, image in zip(prompts, made, strict=True):
+                    gallery.add(image, prompt)
     return gallery
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout first, whatever else owns `ldm`
 
-from pytorch_lightning import seed_everything
 from tqdm import tqdm
 
 from ldm import inference, inference_images
@@ -52,11 +51,12 @@ def name_model(opt: argparse.Namespace) -> None:
     if opt.ckpt is None and opt.config is None and Path(PUBLISHED, "last.ckpt").is_file():
         opt.ckpt = PUBLISHED
     if opt.ckpt is None:
-        newest = argparse.Namespace(**vars(opt))
-        flags.fill_defaults(newest)
-        opt.ckpt, opt.config = newest.ckpt, newest.config
+        named = argparse.Namespace(**vars(opt))
+        flags.fill_defaults(named)
+        opt.ckpt, opt.config = named.ckpt, named.config
     if opt.scale is None:
-        opt.scale = TEXT_GUIDANCE if opt.prompt else 1.0
+        text = flags.FAMILIES["own"]["scale"] if opt.ckpt == inference.SHIPPED else TEXT_GUIDANCE
+        opt.scale = text if opt.prompt else 1.0
     opt.prompt = opt.prompt or ""
 
 
@@ -78,9 +78,7 @@ def run(opt: argparse.Namespace) -> Finished:
     )  # fmt: skip
     made = Finished(Path(opt.outdir))
     made.folder.mkdir(parents=True, exist_ok=True)
-    # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
-    seed_everything(opt.seed, verbose=False)
-    with inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope(), made.until_stopped():
+    with flags.drawing(model, made, opt):
         for picture, mask in tqdm(pairs, desc="Pictures", disable=len(pairs) == 1):
             image, hidden = inference_images.open_pair(picture, mask)
             filled = inference_images.fill_in(

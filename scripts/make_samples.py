@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ldm.inference import InferenceError, Run, choose_device, load_run, save_png, to_image
+from scripts.sample_fast import latent_shape, require_tokens
 from taming.checkpoint import CheckpointError
 from taming.data.utils import custom_collate
 from taming.models.sliding_window import sample_windows
@@ -37,7 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", nargs="?", const=True, help="use this configuration alone; without a value the last of -b")  # fmt: skip
     parser.add_argument("--ignore_base_data", action="store_true", help="drop the files' data sections; give one by a.b=c")  # fmt: skip
     parser.add_argument("--top_k", type=int, default=100, help="draw among so many codes")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 safer, above more varied")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("-s", "--seed", type=int, help="for pictures that repeat")
 
@@ -61,8 +62,7 @@ def load(opt: argparse.Namespace, overrides: list[str]) -> tuple[Run, Dataset]:
     device = choose_device(opt.device)
     options = {"only_config": opt.config, "ignore_base_data": opt.ignore_base_data}
     run = load_run(opt.resume, opt.base, overrides, device, **options)
-    if not hasattr(run.model, "transformer"):
-        raise InferenceError(f"{opt.resume} is a {type(run.model).__name__}, no token transformer")
+    require_tokens(run.model, opt.resume)
     run.model.downsample_cond_size = -1
     if "data" not in run.config:
         raise InferenceError("no data: give a data section with -b, or by data.target=… data.params.…=…")
@@ -81,8 +81,7 @@ def to_pixels(image: Tensor) -> Any:
 
 def window_of(model: Any) -> int:
     """Side of the code maps that the transformer was trained on."""
-    encoder = model.first_stage_model.encoder
-    return encoder.resolution // 2 ** (encoder.num_resolutions - 1)
+    return latent_shape(model)[1]
 
 
 def as_map(tokens: Tensor, codes: Tensor) -> Tensor:

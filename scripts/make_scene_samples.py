@@ -57,7 +57,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--outdir", required=True, help="folder for the pictures")
     parser.add_argument("-R", "--resolution", type=resolution, default=(256, 256), help="height,width in pixels")  # fmt: skip
     parser.add_argument("-C", "--conditional", default="objects_bbox", help="objects_bbox or objects_center_points")  # fmt: skip
-    parser.add_argument("-N", "--n_samples_per_layout", type=int, default=4)
+    parser.add_argument("-N", "--n_samples_per_layout", type=int, default=4, help="scenes of each layout")
     return parser
 
 

@@ -31,10 +31,11 @@ from tqdm import trange
 
 from ldm import inference, inference_images
 from ldm.inference import CLASS_KEYS, TEXT_KEYS, InferenceError
-from ldm.inference_images import Finished, Gallery
+from ldm.inference_images import Finished
 from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.sampling_util import draw, sources
 from scripts import flags
+from scripts.sample_fast import latent_shape
 from taming.checkpoint import find_run
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.training.arguments import split_overrides
@@ -67,15 +68,8 @@ def get_parser() -> argparse.ArgumentParser:
     way.add_argument(
         "--eta", "--ddim_eta", dest="eta", type=float, help="noise of the sampler; default: its own"
     )
-    way.add_argument("--H", type=int, help="height in pixels; default: the model's")
-    way.add_argument("--W", type=int, help="width in pixels; default: the model's")
-    way.add_argument(
-        "--top_k", type=int, default=100, help="token transformers: draw among so many codes; 0: all"
-    )
-    way.add_argument(
-        "--top_p", type=float, help="token transformers: among those that reach this probability"
-    )
-    way.add_argument("--temperature", type=float, default=1.0, help="token transformers: below 1 is safer")
+    flags.add_token_arguments(parser)
+    flags.add_size_arguments(parser)
     flags.add_output_arguments(parser, "outputs/samples")
     parser.set_defaults(n_samples=4, n_iter=1)
     return parser
@@ -115,7 +109,7 @@ class LatentDrawer:
     """
 
     def __init__(self, model: Any, opt: argparse.Namespace) -> None:
-        self.model, self.opt, self.key = model, opt, getattr(model, "cond_stage_key", None)
+        self.model, self.opt, self.key = model, opt, model.cond_stage_key
         self.reads = model.model.conditioning_key is not None
         name, _ = inference.make_sampler(model, opt.sampler)
         self.details = {"sampler": name, "steps": opt.steps or 50, "eta": opt.eta or 0.0}
@@ -152,7 +146,8 @@ class LatentDrawer:
 
     def __call__(self, first: int) -> tuple[list[Image.Image], list[str]]:
         """A batch whose first picture has that number, and what each shows."""
-        opt, text, condition = self.opt, None, self.map
+        opt, text = self.opt, None
+        condition: Any = self.map
         shown = [""] * opt.n_samples
         if self.reads and self.key in TEXT_KEYS:
             text = [prompt_of(opt)] * opt.n_samples
@@ -182,16 +177,15 @@ class TokenDrawer:
     def __init__(self, model: Any, opt: argparse.Namespace) -> None:
         self.model, self.opt = model, opt
         self.key = None if model.be_unconditional else model.cond_stage_key
-        foreign = [name for name in ("sampler", "eta", "steps", "H", "W", "lora") if getattr(opt, name)]
+        flags_of_diffusion = ("sampler", "eta", "steps", "H", "W", "lora", "negative_prompt")
+        foreign = [name for name in flags_of_diffusion if getattr(opt, name)]
         if foreign:
             raise InferenceError(f"--{foreign[0]} is for diffusion models; this is a token transformer")
         if self.key not in (None, *TEXT_KEYS, *CLASS_KEYS):
             raise InferenceError(
                 f"this transformer reads {self.key!r}: scripts/make_samples.py and sample_conditional.py draw with it"
             )
-        encoder = model.first_stage_model.encoder
-        side = encoder.resolution // 2 ** (encoder.num_resolutions - 1)
-        self.latent = (model.first_stage_model.quantize.e_dim, side, side)
+        self.latent = latent_shape(model)
         self.guidance = 1.0 if opt.scale is None or model.null_cond is None else opt.scale
         self.details = {
             "sampler": "tokens",
@@ -219,7 +213,7 @@ class TokenDrawer:
         cond, shown = self.condition(first)
         with inference.precision_scope(self.model.device, opt.precision, opt.bf16), self.model.ema_scope():
             codes = self.model.sample(
-                cond[:, :0], cond, self.latent[1] * self.latent[2], opt.temperature, True, opt.top_k or None, guidance=self.guidance,
+                cond[:, :0], cond, self.latent[1] * self.latent[2], opt.temperature, True, opt.top_k, guidance=self.guidance,
                 top_p=opt.top_p, progress=True,
             )  # fmt: skip
             images = self.model.decode_to_img(codes, (len(cond), *self.latent))
@@ -263,12 +257,12 @@ class EngineDrawer:
         )
         if side is None and not (self.opt.H and self.opt.W):
             raise InferenceError("the configuration does not tell the size of the pictures: give --H and --W")
-        height, width = self.opt.H or side, self.opt.W or side
+        height, width = int(self.opt.H or side), int(self.opt.W or side)
         if height % self.factor or width % self.factor:
             raise InferenceError(
                 f"{width}x{height} pixels: width and height must be multiples of {self.factor}, the factor of the first stage"
             )
-        return int(height), int(width)
+        return height, width
 
     def entries(self, first: int) -> tuple[dict[str, Any], list[str]]:
         """A batch for the embedders, and what its pictures show.
@@ -372,7 +366,7 @@ def run(opt: argparse.Namespace, overrides: list[str]) -> Finished:
     common = inference_images.described(
         path, negative_prompt=opt.negative_prompt or None, scale=opt.scale, config=opt.config, lora=lora, **drawer.details
     )  # fmt: skip
-    gallery = Gallery(opt.outdir, common, opt.n_rows or opt.n_samples, not opt.skip_save, not opt.skip_grid)
+    gallery = flags.make_gallery(opt, common)
     seed_everything(opt.seed, verbose=False)
     with gallery.until_stopped():
         for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +30,7 @@ from taming.training.arguments import split_overrides
 from taming.util import ConfigError
 
 SCALES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-FRAMES = 100  # of an animation
+FRAMES, FPS = 100, 15  # of an animation
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -39,12 +39,16 @@ def get_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run_arguments(parser)
-    parser.add_argument("--outdir", default="outputs/sample_conditional")
+    parser.add_argument("--outdir", default="outputs/sample_conditional", help="folder for the pictures")
     parser.add_argument("--index", type=int, nargs="*", default=[0], help="pictures of the data set")
     parser.add_argument("--scale_factor", type=float, default=1.0, help="of the picture's sides, 0.5 to 4")
     parser.add_argument("--completion", action="store_true", help="keep the upper half, draw the lower")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest code each time")
-    parser.add_argument("--animate", action="store_true", help="also write sampling.mp4")
+    parser.add_argument(
+        "--animate",
+        action="store_true",
+        help="also write the drawing of each, code by code: <index>_sampling.mp4",
+    )
     return parser
 
 
@@ -120,19 +124,16 @@ def sample_image(
     return log
 
 
-def write_video(frames: list[Tensor], path: Path) -> None:
-    """Images (3, h, w) in [-1, 1] as an mp4.
+def save_animation(frames: Sequence[Tensor], path: Path) -> Path:
+    """Write images (3, h, w) in [-1, 1] as an mp4; returns its path.
 
     Raises:
-        InferenceError: imageio is not installed.
+        InferenceError: ffmpeg is not installed.
     """
-    try:
-        import imageio.v2 as imageio
-    except ImportError as error:
-        raise InferenceError("an animation needs imageio: python -m pip install -e '.[demo]'") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [np.asarray(to_pixels(f.cpu())) for f in frames]
-    imageio.mimwrite(path, pictures, fps=15, macro_block_size=1)  # type: ignore[arg-type]
+    from sgm.inference.frames import write_video  # with all of sgm, which nothing else here needs
+
+    write_video((torch.stack(list(frames)).float() + 1.0) / 2.0, path, FPS)
+    return path
 
 
 def page(opt: argparse.Namespace, overrides: list[str]) -> None:
@@ -175,13 +176,17 @@ def page(opt: argparse.Namespace, overrides: list[str]) -> None:
         if name in log:
             st.image(to_pixels(log[name][0]), caption=name)
     if animate:
-        video = Path(opt.outdir) / "sampling.mp4"
-        write_video([*frames, log["sample"][0]], video)
+        video = save_animation([*frames, log["sample"][0]], Path(opt.outdir) / "sampling.mp4")
         st.video(str(video))
 
 
+def keep_first(frames: list[Tensor], images: Tensor) -> None:
+    """Add the first of some images (b, 3, h, w) to the frames of an animation."""
+    frames.append(images[0])
+
+
 def files(opt: argparse.Namespace, overrides: list[str]) -> Path:
-    """The same without a browser: pictures `<index>_<name>.png`, and the animation; returns their folder."""
+    """The same without a browser: pictures `<index>_<name>.png`, and the animations; returns their folder."""
     run, dataset = load(opt, overrides)
     if opt.seed is not None:
         torch.manual_seed(opt.seed)
@@ -194,12 +199,13 @@ def files(opt: argparse.Namespace, overrides: list[str]) -> Path:
             log = sample_image(
                 run.model, custom_collate([dataset[index]]), scale_factor=opt.scale_factor, completion=opt.completion,
                 temperature=opt.temperature, top_k=opt.top_k, sample=not opt.greedy,
-                update_every=1 if opt.animate else 0, callback=lambda images, keep=frames: keep.append(images[0]),
+                update_every=1 if opt.animate else 0, callback=partial(keep_first, frames),
             )  # fmt: skip
         for name, images in log.items():
             save_png(to_pixels(images[0]), folder / f"{index:06}_{name}.png")
         if opt.animate:
-            write_video([*frames[:: max(1, len(frames) // FRAMES)], log["sample"][0]], folder / "sampling.mp4")  # fmt: skip
+            few = frames[:: max(1, len(frames) // FRAMES)]
+            save_animation([*few, log["sample"][0]], folder / f"{index:06}_sampling.mp4")
     return folder
 
 

@@ -20,22 +20,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout first, whatever else owns `ldm`
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from pytorch_lightning import seed_everything
 from torch import Tensor
 from tqdm import trange
 
 from ldm import inference, inference_images
 from ldm.inference_images import Finished
+from scripts import flags
 from taming.checkpoint import find_run
 from taming.training.arguments import split_overrides
 from taming.util import atomic_path
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """The published flags, and `--seed`, `--device` and `--precision`."""
+    """The published flags, `--seed`, and where to compute."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,13 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-c", "--custom_steps", type=int, default=50, help="number of steps")
     parser.add_argument("--batch_size", type=int, default=10, help="pictures at once")
     parser.add_argument("--seed", type=int, help="for reproducible pictures")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--precision",
-        choices=["full", "autocast"],
-        default="autocast",
-        help="half precision on a GPU, or none",
-    )
+    flags.add_device_arguments(parser)
     return parser
 
 
@@ -121,7 +114,7 @@ def sample(run: inference.Run, opt: argparse.Namespace, made: Finished, checkpoi
     """Draw batch after batch; each picture is written as it is finished."""
     said, draw = make_drawing(run.model, opt)
     common = inference_images.described(checkpoint, seed=opt.seed, **said)
-    with torch.no_grad(), run.model.ema_scope(), made.until_stopped():
+    with flags.drawing(run.model, made, opt):
         for _ in trange(opt.n_samples // opt.batch_size, desc="Sampling batches"):
             for image in inference.decode_images(run.model, draw()):
                 number = len(made.files)
@@ -145,17 +138,13 @@ def work(opt: argparse.Namespace, overrides: Sequence[str]) -> Finished:
             opt.n_samples - left,
             opt.n_samples,
         )
-    device = inference.choose_device(opt.device)
-    run = inference.load_run(opt.resume, overrides=overrides, device=device)
+    run = inference.load_run(opt.resume, overrides=overrides, device=inference.choose_device(opt.device))
     require_unconditional(run.model)
-    if opt.seed is not None:
-        seed_everything(opt.seed, verbose=False)
     made = Finished(sampling_folder(run, opt.logdir, time.strftime("%Y-%m-%d-%H-%M-%S")))
     OmegaConf.save(
         OmegaConf.create({**vars(opt), "overrides": list(overrides)}), made.folder / "sampling_config.yaml"
     )
-    with inference.precision_scope(device, opt.precision):
-        sample(run, opt, made, find_run(opt.resume)[0])
+    sample(run, opt, made, find_run(opt.resume)[0])
     if made.files:
         made.files.append(pack(made.files, made.folder / "numpy"))
     return made
@@ -163,8 +152,8 @@ def work(opt: argparse.Namespace, overrides: Sequence[str]) -> Finished:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    overrides, flags = split_overrides(sys.argv[1:] if argv is None else argv)
-    opt = get_parser().parse_args(flags)
+    overrides, given = split_overrides(sys.argv[1:] if argv is None else argv)
+    opt = get_parser().parse_args(given)
     return inference_images.report(lambda: work(opt, overrides))
 
 

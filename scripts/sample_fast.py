@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ldm.inference import InferenceError, choose_device, load_run, save_png, to_image
 from taming.checkpoint import CheckpointError
+from taming.models.cond_transformer import Net2NetTransformer
 from taming.modules.transformer.mingpt import sample_with_past
 from taming.training.arguments import split_overrides
 
@@ -35,9 +36,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--outdir", default="", help="default: the run's folder")
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="config.yaml", help="further configurations")  # fmt: skip
     parser.add_argument("-n", "--num_samples", type=int, default=50000, help="pictures (of each class)")
-    parser.add_argument("--batch_size", type=int, default=25)
+    parser.add_argument("--batch_size", type=int, default=25, help="pictures at once")
     parser.add_argument("-k", "--top_k", type=int, default=250, help="draw among so many codes; 0: all")
-    parser.add_argument("-t", "--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "-t", "--temperature", type=float, default=1.0, help="below 1 safer, above more varied"
+    )
     parser.add_argument("-p", "--top_p", type=float, default=1.0, help="draw among the codes that reach this probability")  # fmt: skip
     parser.add_argument("--classes", default="imagenet", help="0,7,… or imagenet (0 to 999)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -130,6 +133,20 @@ def save_from_logs(log: Mapping[str, Any], logdir: str | Path, base_count: int, 
     return base_count
 
 
+def require_tokens(model: Any, name: str) -> None:
+    """Refuse what is no token transformer.
+
+    Args:
+        model: what was loaded.
+        name: what the user calls it.
+
+    Raises:
+        InferenceError: says what it is.
+    """
+    if not isinstance(model, Net2NetTransformer):
+        raise InferenceError(f"{name} is a {type(model).__name__}, no token transformer")
+
+
 def latent_shape(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the latents of a model's training images."""
     encoder = model.first_stage_model.encoder
@@ -154,7 +171,7 @@ def run(
         InferenceError: a class that the model does not know.
     """
     dim_z, h, w = latent_shape(model)
-    options = {"steps": h * w, "temperature": temperature, "top_k": top_k, "top_p": top_p, "dim_z": dim_z, "h": h, "w": w}  # fmt: skip
+    options: dict[str, Any] = {"steps": h * w, "temperature": temperature, "top_k": top_k, "top_p": top_p, "dim_z": dim_z, "h": h, "w": w}  # fmt: skip
     known = getattr(model.cond_stage_model, "n_classes", 0)
     jobs: list[tuple[Path, int | None]] = [(Path(logdir), None)]
     if not unconditional:
@@ -183,8 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     opt = get_parser().parse_args(flags)
     try:
         loaded = load_run(opt.resume, opt.base, overrides, choose_device(opt.device), strict=True)
-        if not hasattr(loaded.model, "transformer"):
-            raise InferenceError(f"{opt.resume} is a {type(loaded.model).__name__}, no token transformer")
+        require_tokens(loaded.model, opt.resume)
         unconditional = loaded.model.be_unconditional
         if not unconditional and not hasattr(loaded.model.cond_stage_model, "n_classes"):
             raise InferenceError(

@@ -18,17 +18,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout first, whatever else owns `ldm`
 
-from pytorch_lightning import seed_everything
 from torch import Tensor
 from tqdm import tqdm
 
 import notebook_helpers
 from ldm import inference, inference_conditioned, inference_images
-from ldm.inference_images import Finished, Gallery
+from ldm.inference_images import Finished
 from scripts import flags
 from taming.data.images import EXTENSIONS
 
 CONFIG = inference_conditioned.KINDS["enlarge"][2]
+SCALE, NOISE_LEVEL = 10.0, 20  # of the published demo
 BSR_KEY = "LR_image"  # what the published model without a prompt is conditioned on
 Draw = Callable[[Path], Tensor]
 
@@ -45,7 +45,9 @@ def get_parser() -> argparse.ArgumentParser:
         "--init-img", "--init_img", dest="init_img", help="the small picture, or a folder of them"
     )
     way.add_argument(
-        "--noise_level", type=int, default=20, help="noise added to it first: more leaves more to the model"
+        "--noise_level",
+        type=int,
+        help="noise added to it first: more leaves more to the model; default: 20",
     )
     way.add_argument("--ddim_steps", "--steps", dest="steps", type=int, default=75, help="number of steps")
     way.add_argument("--sampler", choices=sorted(inference.SAMPLERS), help="default: ddim")
@@ -53,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--ddim_eta", type=float, help="noise of DDIM; default: 0, and 1 for the model without a prompt"
     )
     flags.add_output_arguments(parser, "outputs/superresolution")
-    parser.set_defaults(n_samples=1, n_iter=1, scale=10.0, prompt="")
+    parser.set_defaults(n_samples=1, n_iter=1, prompt="")
     return parser
 
 
@@ -75,13 +77,14 @@ def find_pictures(name: str | None) -> list[Path]:
 def draw_upscaled(model: Any, opt: argparse.Namespace) -> tuple[dict[str, Any], Draw]:
     """What says how Stable Diffusion's upscaler draws, and what enlarges a picture with it."""
     name, sampler = inference.make_sampler(model, opt.sampler)
-    eta = opt.ddim_eta or 0.0
+    eta, scale = opt.ddim_eta or 0.0, SCALE if opt.scale is None else opt.scale
+    level = NOISE_LEVEL if opt.noise_level is None else opt.noise_level
     said = {
-        "negative_prompt": opt.negative_prompt, "sampler": name, "eta": eta, "scale": opt.scale, "noise_level": opt.noise_level,
+        "negative_prompt": opt.negative_prompt, "sampler": name, "eta": eta, "scale": scale, "noise_level": level,
     }  # fmt: skip
     return said, lambda path: inference_conditioned.enlarge(
         model, sampler, inference_images.open_picture(path, "--init-img"), opt.prompt, opt.negative_prompt, opt.steps,
-        opt.n_samples, opt.scale, opt.noise_level, eta,
+        opt.n_samples, scale, level, eta,
     )  # fmt: skip
 
 
@@ -90,6 +93,13 @@ def draw_restored(model: Any, opt: argparse.Namespace) -> tuple[dict[str, Any], 
     if opt.prompt or opt.sampler not in (None, "ddim") or opt.ddim_eta not in (None, 1.0):
         raise inference.InferenceError(
             "this model reads no prompt, and is sampled by DDIM with --ddim_eta 1, as published"
+        )
+    foreign = [
+        flag for flag in ("negative_prompt", "scale", "noise_level") if getattr(opt, flag) not in (None, "")
+    ]
+    if foreign or opt.n_samples != 1:
+        raise inference.InferenceError(
+            f"--{(foreign or ['n_samples'])[0]} is for Stable Diffusion's upscaler; this model is asked again with --n_iter alone"
         )
 
     def draw(path: Path) -> Tensor:
@@ -114,6 +124,7 @@ def make_drawing(model: Any, opt: argparse.Namespace) -> tuple[dict[str, Any], D
 
 def run(opt: argparse.Namespace) -> Finished:
     """Load, and enlarge picture after picture."""
+    opt.prompt = opt.prompt or ""  # --prompt without a value
     pictures = find_pictures(opt.init_img)
     if not opt.ckpt:
         raise inference.InferenceError("name the model: --ckpt FILE, or --ckpt models/ldm/bsr_sr")
@@ -125,17 +136,12 @@ def run(opt: argparse.Namespace) -> Finished:
     common = inference_images.described(
         path, seed=opt.seed, steps=opt.steps, config=opt.config, lora=lora, **said
     )
-    grid = len(pictures) == 1 and not opt.skip_grid  # of one size
-    gallery = Gallery(opt.outdir, common, opt.n_rows or opt.n_samples, not opt.skip_save, grid)
-    # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
-    seed_everything(opt.seed, verbose=False)
-    with inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope():
-        with gallery.until_stopped():
-            every = pictures * opt.n_iter
-            for picture in tqdm(every, desc="Pictures", disable=len(every) == 1):
-                for image in draw(picture):
-                    gallery.add(image, opt.prompt, init_img=picture.name)
-        gallery.close()
+    gallery = flags.make_gallery(opt, common, grid=len(pictures) == 1)  # a grid's pictures are of one size
+    every = pictures * opt.n_iter
+    with flags.drawing(model, gallery, opt):
+        for picture in tqdm(every, desc="Pictures", disable=len(every) == 1):
+            for image in draw(picture):
+                gallery.add(image, opt.prompt, init_img=picture.name)
     return gallery
 
 

@@ -18,13 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout first, whatever else owns `ldm`
 
 import torch
-from pytorch_lightning import seed_everything
 from tqdm import trange
 
 from ldm import inference
 from ldm.inference_images import Gallery, described, report
 from scripts import flags
+from scripts.sample_fast import latent_shape
 from taming.checkpoint import load_model_from_config
+from taming.models.cond_transformer import Net2NetTransformer
 
 __all__ = ["load_model_from_config", "main"]
 
@@ -55,6 +56,18 @@ def get_parser() -> argparse.ArgumentParser:
     model.add_argument("--torchscript", action="store_true", help="accepted and not needed any more")
     model.add_argument("--ipex", action="store_true", help="accepted and not needed any more")
 
+    add_sampling_arguments(parser)
+    flags.add_token_arguments(parser)
+    size = flags.add_size_arguments(parser)
+    size.add_argument("--C", type=int, help="channels of the latents; default: the model's")
+    size.add_argument("--f", type=int, help="factor of the first stage; default: the model's")
+
+    flags.add_output_arguments(parser, None)
+    return parser
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of diffusion models' samplers."""
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--ddim_steps", "--steps", dest="steps", type=int, help="number of steps")
     sampling.add_argument("--plms", action="store_true", help="sample with PLMS")
@@ -82,22 +95,6 @@ def get_parser() -> argparse.ArgumentParser:
         help="the i-th picture has the seed SEED + i, whatever the batch size",
     )
     sampling.add_argument("--fixed_code", action="store_true", help="the same starting noise for every batch")
-
-    tokens = parser.add_argument_group("sampling with a token transformer")
-    tokens.add_argument("--top_k", type=int, default=100, help="draw among so many codes; 0: all")
-    tokens.add_argument(
-        "--top_p", type=float, help="draw among the codes that reach this probability together"
-    )
-    tokens.add_argument("--temperature", type=float, default=1.0, help="below 1 safer, above more varied")
-
-    size = parser.add_argument_group("size")
-    size.add_argument("--H", type=int, help="height in pixels; default: the model's")
-    size.add_argument("--W", type=int, help="width in pixels; default: the model's")
-    size.add_argument("--C", type=int, help="channels of the latents; default: the model's")
-    size.add_argument("--f", type=int, help="factor of the first stage; default: the model's")
-
-    flags.add_output_arguments(parser, None)
-    return parser
 
 
 class LatentArtist:
@@ -175,12 +172,11 @@ class TokenArtist:
                 "This model was trained without dropped conditions: no guidance, --scale has no effect."
             )
             opt.scale = 1.0
-        encoder = model.first_stage_model.encoder
-        side = encoder.resolution // 2 ** (encoder.num_resolutions - 1)
-        self.latent = (model.first_stage_model.quantize.e_dim, side, side)
+        self.latent = latent_shape(model)
+        resolution = model.first_stage_model.encoder.resolution
         self.details = {
-            "sampler": "tokens", "steps": side * side, "top_k": opt.top_k, "top_p": opt.top_p, "temperature": opt.temperature,
-            "size": f"{encoder.resolution}x{encoder.resolution}",
+            "sampler": "tokens", "steps": self.latent[1] * self.latent[2], "top_k": opt.top_k, "top_p": opt.top_p,
+            "temperature": opt.temperature, "size": f"{resolution}x{resolution}",
         }  # fmt: skip
 
     def begin(self) -> None:
@@ -220,25 +216,21 @@ def run(opt: argparse.Namespace, prepare: Prepare | None = None) -> Gallery:
     model, path, _ = inference.load_model(opt.ckpt, opt.config, device, encoder_options(opt))
     noted = prepare(model, opt) if prepare else {}
     inference.require_text(model)
-    artist = (TokenArtist if hasattr(model, "transformer") else LatentArtist)(model, opt, device)
+    artist = (TokenArtist if isinstance(model, Net2NetTransformer) else LatentArtist)(model, opt, device)
     lora = flags.add_adapters(model, opt)
     batches = inference.read_prompts(opt.prompt, opt.from_file, opt.n_samples, opt.repeat)
     common = described(
         path, negative_prompt=opt.negative_prompt, seed=opt.seed, **artist.details, **noted, scale=opt.scale, config=opt.config,
         lora=lora,
     )  # fmt: skip
-    gallery = Gallery(opt.outdir, common, opt.n_rows or opt.n_samples, not opt.skip_save, not opt.skip_grid)
-    # after loading, so that the pictures depend on the seed alone and not on how many numbers the constructors drew
-    seed_everything(opt.seed, verbose=False)
-    artist.begin()
-    with inference.precision_scope(device, opt.precision, opt.bf16), model.ema_scope():
-        with gallery.until_stopped():
-            for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
-                for prompts in batches:
-                    for prompt, image in zip(prompts, artist.draw(prompts), strict=True):
-                        own = {"seed": opt.seed + gallery.count} if opt.seed_per_image else {}
-                        gallery.add(image, prompt, **own)
-        gallery.close()
+    gallery = flags.make_gallery(opt, common)
+    with flags.drawing(model, gallery, opt):
+        artist.begin()
+        for _ in trange(opt.n_iter, desc="Sampling", disable=opt.n_iter == 1):
+            for prompts in batches:
+                for prompt, image in zip(prompts, artist.draw(prompts), strict=True):
+                    own = {"seed": opt.seed + gallery.count} if opt.seed_per_image else {}
+                    gallery.add(image, prompt, **own)
     return gallery
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout first, whatever else owns `ldm`
 
-from scripts import demo_backend
+from scripts import pages
 
 if __name__ == "__main__":
-    if status := demo_backend.main("inpainting", "gradio", __doc__):
+    if status := pages.main("inpainting", "gradio", __doc__):
         sys.exit(status)

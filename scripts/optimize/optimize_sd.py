@@ -66,7 +66,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def keep_averages(model: Any) -> None:
     """Put the averaged weights in the place of the live ones, for good."""
-    if getattr(model, "use_ema", False):
+    if model.use_ema:
         model.model_ema.copy_to(model.model)
         del model.model_ema
         model.use_ema = False

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from ldm import inference
-from scripts import demo_backend
+from scripts import flags, pages
 
 VERSIONS = {
     "Stable unCLIP-L": (
@@ -62,7 +62,7 @@ def page(opt: argparse.Namespace) -> None:
     """The page."""
     import streamlit as st
 
-    demo = demo_backend.DEMOS["stableunclip"]
+    demo = pages.DEMOS["stableunclip"]
     st.title(demo.title)
     side = st.sidebar
     version = side.selectbox("Version", list(VERSIONS))
@@ -73,11 +73,11 @@ def page(opt: argparse.Namespace) -> None:
     weights = [
         float(st.number_input(f"Weight of picture {i + 1}", 0.0, 10.0, 1.0)) for i in range(len(pictures))
     ]
-    values = demo_backend.ask_streamlit(st, demo)
+    values = pages.ask_streamlit(st, demo)
     values |= {"sampler": sampler, "size": size, "weights": weights}
     values["renoise"] = len(pictures) > 1 and st.checkbox("Noise the mixture again", False)
     if st.button("Run"):
-        made = demo_backend.perform(demo, load(version, opt.device), pictures, values, opt.precision)
+        made = pages.perform(demo, load(version, opt.device), pictures, values, opt.precision, opt.bf16)
         for picture in made:
             st.image(picture)
         details = {k: v for k, v in values.items() if v not in (None, "")}
@@ -91,13 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--precision",
-        choices=["full", "autocast"],
-        default="autocast",
-        help="half precision on a GPU, or none",
-    )
+    flags.add_device_arguments(parser)
     opt = parser.parse_args(argv)
     try:
         page(opt)

@@ -1,5 +1,6 @@
 """Tiny trained-looking models of the conditioned kinds, in folders as runs leave them."""
 
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -10,11 +11,20 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from taming.data import emoji
 from taming.util import instantiate_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"use_spatial_transformer": False, "context_dim": None}
 DDPM = "ldm.models.diffusion.ddpm"
+
+
+@pytest.fixture(scope="module")
+def emoji_opened_once():
+    """The data set opens all 1,620 pictures whenever it is built; the tests of a file share one reading."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "load_emoji", functools.cache(emoji.load_emoji))
+        yield
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ldm import inference, inference_conditioned
 from ldm.inference import InferenceError
-from scripts import demo_backend
+from scripts import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"depth2img": "depth", "inpainting": "inpaint", "superresolution": "enlarge", "stableunclip": "vary"}
@@ -19,9 +19,7 @@ SIZES = {"depth2img": (18, 11), "inpainting": (18, 11), "superresolution": (36, 
 
 
 def values_of(demo, **changes):
-    values = {
-        name: int(c.default) if demo_backend.whole(c) else c.default for name, c in demo.controls.items()
-    }
+    values = {name: int(c.default) if pages.whole(c) else c.default for name, c in demo.controls.items()}
     return {"prompt": "a", "negative_prompt": "", **values, "steps": 2, "batch_size": 2, **changes}
 
 
@@ -33,11 +31,11 @@ def inputs_of(demo, picture):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_task_draws_pictures_that_depend_on_the_seed_alone(name, build, picture):
-    demo, model = demo_backend.DEMOS[name], build(KINDS[name])
+    demo, model = pages.DEMOS[name], build(KINDS[name])
     inputs = inputs_of(demo, picture)
-    first = demo_backend.perform(demo, model, inputs, values_of(demo))
-    again = demo_backend.perform(demo, model, inputs, values_of(demo))
-    other = demo_backend.perform(demo, model, inputs, values_of(demo, seed=1))
+    first = pages.perform(demo, model, inputs, values_of(demo))
+    again = pages.perform(demo, model, inputs, values_of(demo))
+    other = pages.perform(demo, model, inputs, values_of(demo, seed=1))
     assert len(first) == 2 + (name == "depth2img")
     assert {p.size for p in first} == {SIZES[name]}
     assert [p.tobytes() for p in first] == [p.tobytes() for p in again]
@@ -53,35 +51,31 @@ def test_each_task_draws_pictures_that_depend_on_the_seed_alone(name, build, pic
     ],
 )  # fmt: skip
 def test_the_defaults_are_the_published_ones(name, gradio, streamlit):
-    demo = demo_backend.DEMOS[name]
+    demo = pages.DEMOS[name]
     assert {k: c.default for k, c in demo.controls.items() if k != "seed"} == gradio
     assert {k: c.default for k, c in demo.streamlit.items()} == streamlit
     assert set(demo.streamlit) <= set(demo.controls)
 
 
 def test_only_what_the_mask_hides_changes(build, picture):
-    demo = demo_backend.DEMOS["inpainting"]
+    demo = pages.DEMOS["inpainting"]
     inputs = inputs_of(demo, picture)
-    made = demo_backend.perform(demo, build("inpaint"), inputs, values_of(demo))[0]
+    made = pages.perform(demo, build("inpaint"), inputs, values_of(demo))[0]
     hidden = np.asarray(inputs[1]) > 0
     changed = (np.abs(np.asarray(made, int) - np.asarray(picture, int)) > 1).any(-1)
     assert changed[hidden].mean() > 0.5 and not changed[~hidden].any()
 
 
 def test_what_does_not_suit_is_one_clear_sentence(build, picture):
-    demos = demo_backend.DEMOS
+    demos = pages.DEMOS
     with pytest.raises(InferenceError, match=r"give: Picture, Mask"):
-        demo_backend.perform(
-            demos["inpainting"], build("inpaint"), [picture, None], values_of(demos["inpainting"])
-        )
+        pages.perform(demos["inpainting"], build("inpaint"), [picture, None], values_of(demos["inpainting"]))
     small = Image.new("L", (3, 3))
     with pytest.raises(InferenceError, match=r"the mask is 3x3, its picture 18x11"):
-        demo_backend.perform(
-            demos["inpainting"], build("inpaint"), [picture, small], values_of(demos["inpainting"])
-        )
+        pages.perform(demos["inpainting"], build("inpaint"), [picture, small], values_of(demos["inpainting"]))
     with pytest.raises(InferenceError, match=r"noise level 60 must lie between 0 and 59"):
         values = values_of(demos["stableunclip"], noise_level=60)
-        demo_backend.perform(demos["stableunclip"], build("vary"), [picture], values)
+        pages.perform(demos["stableunclip"], build("vary"), [picture], values)
 
 
 def test_embeddings_are_averaged_by_their_weights(build, picture):
@@ -108,7 +102,7 @@ def test_embeddings_are_averaged_by_their_weights(build, picture):
 def test_a_page_of_streamlit_shows_every_control_and_the_pictures(name, run_folder, picture, monkeypatch):
     from streamlit.testing.v1 import AppTest
 
-    demo, folder = demo_backend.DEMOS[name], run_folder(KINDS[name])
+    demo, folder = pages.DEMOS[name], run_folder(KINDS[name])
     argv = [f"{name}.py", str(folder / "config.yaml"), str(folder / "model.ckpt"), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", argv)
     app = AppTest.from_file(str(ROOT / "scripts" / "streamlit" / f"{name}.py"), default_timeout=60).run()
@@ -135,6 +129,28 @@ def test_a_page_of_streamlit_draws_what_was_uploaded(run_folder, picture, monkey
     app.button[0].click().run()
     assert not app.exception and not app.error
     assert [e.type for e in app.main].count("image") == 2  # the depth, and a picture
+
+
+def test_a_page_of_streamlit_says_what_is_wrong_with_the_model_and_with_a_picture(
+    run_folder, picture, monkeypatch
+):
+    import streamlit
+    from streamlit.testing.v1 import AppTest
+
+    folder = run_folder("depth")
+    page = str(ROOT / "scripts" / "streamlit" / "depth2img.py")
+    argv = ["depth2img.py", str(folder / "config.yaml"), "absent.ckpt", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", argv)
+    app = AppTest.from_file(page, default_timeout=60).run()
+    assert not app.exception and "absent.ckpt" in app.error[0].value and not app.button
+    Path("broken.png").write_text("no picture")
+    monkeypatch.setattr(
+        streamlit, "file_uploader", lambda *_args, **_options: str(Path("broken.png").resolve())
+    )
+    argv[2] = str(folder / "model.ckpt")
+    app = AppTest.from_file(page, default_timeout=60).run()
+    app.button[0].click().run()
+    assert not app.exception and "cannot identify image file" in app.error[0].value
 
 
 class Recorder:
@@ -171,8 +187,8 @@ def test_a_page_of_gradio_hands_its_inputs_over_in_order(build, picture, monkeyp
     )
     fake = types.SimpleNamespace(Error=RuntimeError, **{n: type(n, (Recorder,), {}) for n in names})
     monkeypatch.setitem(sys.modules, "gradio", fake)
-    demo = demo_backend.DEMOS["depth2img"]
-    demo_backend.build_gradio(demo, build("depth"))
+    demo = pages.DEMOS["depth2img"]
+    pages.build_gradio(demo, build("depth"))
     button = next(c for c in Recorder.made if type(c).__name__ == "Button")
     inputs = button.wiring["inputs"]
     labels = [c.options["label"] for c in inputs]
@@ -188,7 +204,7 @@ def test_without_gradio_the_page_says_what_to_install(script, run_folder, monkey
     monkeypatch.setitem(sys.modules, "gradio", None)
     folder = run_folder("depth")
     argv = [str(folder / "config.yaml"), str(folder / "model.ckpt"), "--device", "cpu"]
-    assert demo_backend.main("depth2img", "gradio", None, argv) == 2
+    assert pages.main("depth2img", "gradio", None, argv) == 2
     assert "python -m pip install gradio" in capsys.readouterr().err
 
 

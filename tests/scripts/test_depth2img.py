@@ -94,3 +94,10 @@ def test_a_lone_checkpoint_takes_the_published_configuration(script, tmp_path):
     opt = script("depth2img").get_parser().parse_args(["--ckpt", str(tmp_path / "model.ckpt")])
     script("flags").fill_config(opt, script("depth2img").CONFIG)
     assert opt.config == "configs/stable-diffusion/v2-midas-inference.yaml"
+
+
+def test_the_depth_of_a_picture_is_estimated_once_for_all_that_are_drawn(build, picture):
+    model, seen = build("depth"), []
+    model.depth_model.register_forward_hook(lambda module, given, out: seen.append(len(given[0])))
+    _, made = inference_conditioned.keep_depth(model, picture, "a", steps=2, batch_size=3, verbose=False)
+    assert seen == [1] and len(made) == 3

@@ -13,6 +13,7 @@ from PIL import Image
 from taming.checkpoint import save_checkpoint
 from taming.util import instantiate_from_config
 
+pytestmark = pytest.mark.usefixtures("emoji_opened_once")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 samplers = importlib.import_module("scripts.evaluate_samplers")

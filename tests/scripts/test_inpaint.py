@@ -116,12 +116,12 @@ def test_the_seed_decides_and_nothing_is_overwritten(inpaint, kinds, tmp_path):
     assert Image.open("out/one-0004.png").text["index"] == "1"
 
 
-def test_the_published_model_is_the_default_else_the_newest_run(inpaint, kinds, tmp_path, capsys):
-    assert inpaint.main(BASE) == 2
-    assert "name a model with --ckpt" in capsys.readouterr().err
-    save(kinds["unconditional"], tmp_path / "logs" / "run" / "checkpoints", "last.ckpt")
-    (tmp_path / "logs/run/checkpoints/config.yaml").rename(tmp_path / "logs/run/config.yaml")
-    assert inpaint.main(BASE) == 0
+def test_the_published_model_is_the_default_else_the_one_in_the_box(inpaint, kinds, tmp_path, capsys):
+    assert inpaint.main([*BASE, "--config", "some.yaml"]) == 2
+    assert "name the checkpoint of --config some.yaml" in capsys.readouterr().err
+    opt = inpaint.get_parser().parse_args([*BASE, "--prompt", "red heart"])
+    inpaint.name_model(opt)
+    assert opt.ckpt == "models/emoji/text2img" and opt.scale == 3.0
     save(kinds["published"], tmp_path / inpaint.PUBLISHED, "last.ckpt")
     opt = inpaint.get_parser().parse_args(BASE)
     inpaint.name_model(opt)

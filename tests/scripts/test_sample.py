@@ -185,6 +185,7 @@ def test_bad_input_is_one_clear_sentence(sample, run_folder, picture, capsys, ki
             ["--class", "3", "--eta", "1"],
             "--eta is for diffusion models; this is a token transformer",
         ),
+        ("class", ["--class", "3", "--negative_prompt", "a"], "--negative_prompt is for diffusion models"),
         ("depth", [], "this transformer reads 'depth'"),
     ],
 )
@@ -207,7 +208,7 @@ SCRIPTS = sorted(
     str(p.relative_to(ROOT))
     for pattern in ("*.py", "optimize/*.py", "gradio/*.py", "streamlit/*.py")
     for p in (ROOT / "scripts").glob(pattern)
-    if p.stem not in ("__init__", "flags", "demo_backend")
+    if p.stem not in ("__init__", "flags", "pages")
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ldm import inference, inference_conditioned
-from scripts import demo_backend
+from scripts import pages
 
 BASE = ["--steps", "3", "--device", "cpu", "--outdir", "out"]
 
@@ -48,14 +48,14 @@ def test_the_model_without_a_prompt_takes_a_folder_and_four_times_the_side(
 
 def test_noise_of_a_seed_is_numpys_and_decides_the_picture(build, picture):
     shape = (2, 3, 4, 5)
-    noise = demo_backend.start_of(7)(shape)
+    noise = pages.start_of(7)(shape)
     assert torch.equal(noise, torch.from_numpy(np.random.RandomState(7).standard_normal(shape)).float())
     model = build("enlarge")
     _, sampler = inference.make_sampler(model)
 
     def draw(seed, level=0):
         return inference_conditioned.enlarge(
-            model, sampler, picture, "a", steps=2, noise_level=level, start=demo_backend.start_of(seed), verbose=False
+            model, sampler, picture, "a", steps=2, noise_level=level, start=pages.start_of(seed), verbose=False
         )  # fmt: skip
 
     # level 0 still noises a little, so torch's generator is set for both
@@ -76,6 +76,8 @@ def test_noise_of_a_seed_is_numpys_and_decides_the_picture(build, picture):
         ("enlarge", ["--init-img", ""], "name the small picture"),
         ("enlarge", ["--ckpt", ""], "name the model"),
         ("restore", ["--prompt", "a"], "this model reads no prompt"),
+        ("restore", ["--noise_level", "20"], "--noise_level is for Stable Diffusion's upscaler"),
+        ("restore", ["--n_samples", "2"], "--n_samples is for Stable Diffusion's upscaler"),
         ("restore", ["--init-img", "absent.png"], "--init-img absent.png: there is no such file"),
         ("text", [], "a model that enlarges pictures is a LatentUpscaleDiffusion"),
     ],

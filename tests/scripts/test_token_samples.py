@@ -18,6 +18,7 @@ from taming.data.conditional_builder.objects_center_points import ObjectsCenterP
 from taming.data.helper_types import Annotation
 from taming.util import instantiate_from_config
 
+pytestmark = pytest.mark.usefixtures("emoji_opened_once")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -299,8 +300,8 @@ def test_the_same_without_a_browser_writes_pictures_and_an_animation(images, tmp
     module = script("sample_conditional")
     assert module.main(argv) == 0
     names = {p.name for p in (tmp_path / "o").iterdir()}
-    assert {"000000_sample.png", "000001_original.png", "sampling.mp4"} <= names
-    assert (tmp_path / "o" / "sampling.mp4").read_bytes()[4:8] == b"ftyp"
+    assert {"000000_sample.png", "000001_original.png", "000000_sampling.mp4"} <= names
+    assert (tmp_path / "o" / "000001_sampling.mp4").read_bytes()[4:8] == b"ftyp"
     assert module.main([*argv, "--index", "999"]) == 2
     assert "--index 999: the data set has the pictures 0 to" in capsys.readouterr().err
 

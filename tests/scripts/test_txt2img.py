@@ -77,17 +77,17 @@ def test_a_log_folder_is_enough_and_pictures_say_how_they_were_made(txt2img, run
     assert "3 files in out" in capsys.readouterr().out
 
 
-def test_without_a_model_named_the_newest_run_is_taken(txt2img, run_folder, caplog):
+def test_a_folder_of_runs_means_the_newest(txt2img, run_folder, caplog):
     with caplog.at_level("INFO"):
-        assert txt2img.main(["--prompt", "x", *BASE]) == 0
-    assert "Sampling from the newest run: logs/2026_tiny" in caplog.text
+        assert txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE]) == 0
+    assert "The newest run in logs is 2026_tiny" in caplog.text
 
 
 def test_nothing_is_overwritten(txt2img, run_folder):
     for _ in range(2):
-        assert txt2img.main(["--prompt", "x", *BASE]) == 0
+        assert txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE]) == 0
     Path("out/samples/00001.png").unlink()  # a gap must not lead back onto existing numbers
-    assert txt2img.main(["--prompt", "x", *BASE]) == 0
+    assert txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE]) == 0
     assert sorted(p.name for p in Path("out/samples").iterdir()) == [f"{i:05}.png" for i in (0, 2, 3, 4, 5)]
     assert sorted(p.name for p in Path("out").glob("grid*")) == [f"grid-{i:04}.png" for i in range(3)]
 
@@ -109,7 +109,12 @@ def test_the_same_seed_gives_the_same_pictures(txt2img, run_folder, sampler):
     pictures = []
     for out in ("a", "b", "c"):
         seed = "1" if out != "c" else "2"
-        assert txt2img.main(["--prompt", "x", *BASE, "--outdir", out, "--seed", seed, *sampler]) == 0
+        assert (
+            txt2img.main(
+                ["--ckpt", "logs", "--prompt", "x", *BASE, "--outdir", out, "--seed", seed, *sampler]
+            )
+            == 0
+        )
         pictures.append(Image.open(f"{out}/samples/00000.png").tobytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -117,11 +122,35 @@ def test_the_same_seed_gives_the_same_pictures(txt2img, run_folder, sampler):
 def test_each_picture_can_have_a_seed_of_its_own_whatever_the_batch(txt2img, run_folder):
     Path("prompts.txt").write_text("a\na\na\n")
     for out, size in (("ones", "1"), ("twos", "2")):
-        flags = ["--from-file", "prompts.txt", *BASE, "--ddim_eta", "1", "--seed", "7", "--seed_per_image"]
+        flags = [
+            "--ckpt",
+            "logs",
+            "--from-file",
+            "prompts.txt",
+            *BASE,
+            "--ddim_eta",
+            "1",
+            "--seed",
+            "7",
+            "--seed_per_image",
+        ]
         assert txt2img.main([*flags, "--n_samples", size, "--outdir", out]) == 0
     assert (
         txt2img.main(
-            ["--prompt", "a", *BASE, "--ddim_eta", "1", "--seed", "9", "--seed_per_image", "--outdir", "last"]
+            [
+                "--ckpt",
+                "logs",
+                "--prompt",
+                "a",
+                *BASE,
+                "--ddim_eta",
+                "1",
+                "--seed",
+                "9",
+                "--seed_per_image",
+                "--outdir",
+                "last",
+            ]
         )
         == 0
     )
@@ -137,7 +166,10 @@ def test_each_picture_can_have_a_seed_of_its_own_whatever_the_batch(txt2img, run
 @pytest.mark.parametrize("flags", [["--time_spacing", "trailing"], ["--guidance_rescale", "0.7"]])
 def test_spacing_and_rescaled_guidance_change_the_picture_and_are_noted(txt2img, run_folder, flags):
     for out, more in (("plain", []), ("other", flags)):
-        assert txt2img.main(["--prompt", "x", *BASE, "--steps", "3", "--outdir", out, *more]) == 0
+        assert (
+            txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE, "--steps", "3", "--outdir", out, *more])
+            == 0
+        )
     plain, other = (Image.open(f"{out}/samples/00000.png") for out in ("plain", "other"))
     assert plain.tobytes() != other.tobytes()
     assert plain.text[flags[0][2:]] != other.text[flags[0][2:]] == flags[1]
@@ -167,7 +199,12 @@ def test_weights_and_long_prompts_reach_encoders_that_read_them(txt2img, tmp_pat
 
 def test_prompts_from_a_file_in_uneven_batches(txt2img, run_folder):
     Path("prompts.txt").write_text("a\n\nb\nc\n")
-    assert txt2img.main(["--from-file", "prompts.txt", *BASE, "--n_iter", "2", "--n_rows", "3"]) == 0
+    assert (
+        txt2img.main(
+            ["--ckpt", "logs", "--from-file", "prompts.txt", *BASE, "--n_iter", "2", "--n_rows", "3"]
+        )
+        == 0
+    )
     prompts = [Image.open(p).text["prompt"] for p in sorted(Path("out/samples").iterdir())]
     assert prompts == ["a", "b", "c", "a", "b", "c"]
     assert Image.open("out/grid-0000.png").size == (3 * 18 + 2, 2 * 18 + 2)
@@ -175,11 +212,26 @@ def test_prompts_from_a_file_in_uneven_batches(txt2img, run_folder):
 
 def test_other_sizes_and_skipped_outputs(txt2img, run_folder):
     assert (
-        txt2img.main(["--prompt", "x", *BASE, "--W", "24", "--H", "32", "--skip_grid", "--fixed_code"]) == 0
+        txt2img.main(
+            [
+                "--ckpt",
+                "logs",
+                "--prompt",
+                "x",
+                *BASE,
+                "--W",
+                "24",
+                "--H",
+                "32",
+                "--skip_grid",
+                "--fixed_code",
+            ]
+        )
+        == 0
     )
     assert [p.name for p in Path("out").iterdir()] == ["samples"]
     assert Image.open("out/samples/00000.png").size == (24, 32)
-    assert txt2img.main(["--prompt", "x", *BASE, "--outdir", "grid", "--skip_save"]) == 0
+    assert txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE, "--outdir", "grid", "--skip_save"]) == 0
     assert not list(Path("grid/samples").iterdir()) and Path("grid/grid-0000.png").exists()
 
 
@@ -199,7 +251,7 @@ def test_other_sizes_and_skipped_outputs(txt2img, run_folder):
 )
 def test_bad_input_is_one_clear_sentence(txt2img, run_folder, capsys, argv, message):
     given = [a.format(run=run_folder) for a in argv]
-    status = txt2img.main([*BASE, "--prompt", "x", *given])
+    status = txt2img.main(["--ckpt", "logs", *BASE, "--prompt", "x", *given])
     error = capsys.readouterr().err
     assert status == 2 and message in error and "Traceback" not in error
 
@@ -214,8 +266,10 @@ def test_a_checkpoint_without_a_configuration_asks_for_one(txt2img, run_folder, 
 
 
 def test_a_model_without_text_is_refused_and_no_model_at_all_too(txt2img, tmp_path, tiny, capsys):
-    assert txt2img.main(["--prompt", "x", *BASE]) == 2
-    assert "name a model with --ckpt" in capsys.readouterr().err
+    assert txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE]) == 2
+    assert "there is no folder or file 'logs'" in capsys.readouterr().err
+    assert txt2img.main(["--config", "some.yaml", "--prompt", "x", *BASE]) == 2
+    assert "name the checkpoint of --config some.yaml" in capsys.readouterr().err
     config = tiny.latent_diffusion(cond_stage_key="class_label")
     OmegaConf.save(OmegaConf.create({"model": config}), tmp_path / "config.yaml")
     torch.save({"state_dict": instantiate_from_config(config).state_dict()}, tmp_path / "model.ckpt")
@@ -228,7 +282,7 @@ def test_latents_that_are_no_numbers_are_reported(txt2img, run_folder, monkeypat
         inference.DDIMSampler, "sample", lambda self, **k: (torch.full((2, 3, 8, 8), float("nan")), None)
     )
     monkeypatch.setitem(inference.SAMPLERS, "ddim", inference.DDIMSampler)
-    assert txt2img.main(["--prompt", "x", *BASE]) == 2
+    assert txt2img.main(["--ckpt", "logs", "--prompt", "x", *BASE]) == 2
     assert "infinite or undefined; try --precision full" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What the demo pages share: tasks with their controls, and two ways to show any of them, by Gradio and by Streamlit.
+"""Tasks as pages: what each draws, its controls, and two ways to show any of them, by Gradio and by Streamlit.
 
     python scripts/gradio/depth2img.py configs/stable-diffusion/v2-midas-inference.yaml 512-depth-ema.ckpt
     streamlit run scripts/streamlit/depth2img.py configs/stable-diffusion/v2-midas-inference.yaml 512-depth-ema.ckpt
@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pytorch_lightning import seed_everything
 from torch import Tensor
 
 from ldm import inference, inference_conditioned, inference_images
 from ldm.inference import InferenceError
+from scripts import flags
 
 Values = Mapping[str, Any]
 
@@ -176,8 +176,16 @@ def perform(
     pictures: Sequence[Image.Image | None],
     values: Values,
     precision: str = "autocast",
+    bf16: bool = False,
 ) -> list[Image.Image]:
     """Do a task: its pictures depend on the seed alone.
+
+    Args:
+        demo: the task.
+        model: that fits it, on its device.
+        pictures: one for each of the task's `inputs`; None where it was not given.
+        values: `prompt`, `negative_prompt`, and a number for each of the task's controls.
+        precision, bf16: see `precision_scope`.
 
     Raises:
         InferenceError: a picture is missing, or the model or a value does not suit; the message is for the page.
@@ -185,12 +193,11 @@ def perform(
     given = [picture.convert("RGB") for picture in pictures if picture is not None]
     if len(given) < len(demo.inputs):
         raise InferenceError(f"give: {', '.join(demo.inputs)}")
-    seed_everything(int(values["seed"]), verbose=False)
-    with torch.no_grad(), inference.precision_scope(model.device, precision), model.ema_scope():
+    with flags.computing(model, int(values["seed"]), precision, bf16):
         try:
             return demo.draw(model, given, values)
         except FloatingPointError as error:
-            raise InferenceError(f"{error}; start the page with --precision full") from error
+            raise InferenceError(f"{error}; start the page with --precision full, or --bf16") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- pages
@@ -201,13 +208,7 @@ def get_parser(demo: Demo, doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="configuration of the checkpoint")
     parser.add_argument("ckpt", help="the checkpoint")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument(
-        "--precision",
-        choices=["full", "autocast"],
-        default="autocast",
-        help="half precision on a GPU, or none",
-    )
+    flags.add_device_arguments(parser)
     return parser
 
 
@@ -216,8 +217,8 @@ def whole(control: Control) -> bool:
     return control.step == 1
 
 
-def build_gradio(demo: Demo, model: Any, precision: str = "autocast") -> Any:
-    """The task as a page of Gradio, not yet launched.
+def build_gradio(demo: Demo, model: Any, **how: Any) -> Any:
+    """The task as a page of Gradio, not yet launched; `how` are options of `perform`.
 
     Raises:
         ImportError: it is not installed.
@@ -239,7 +240,7 @@ def build_gradio(demo: Demo, model: Any, precision: str = "autocast") -> Any:
         }
         try:
             return perform(
-                demo, model, pictures, {"prompt": prompt, "negative_prompt": negative, **values}, precision
+                demo, model, pictures, {"prompt": prompt, "negative_prompt": negative, **values}, **how
             )
         except (InferenceError, ValueError) as error:
             raise gradio.Error(str(error)) from error
@@ -278,20 +279,24 @@ def ask_streamlit(st: Any, demo: Demo) -> dict[str, Any]:
     return values
 
 
-def show_streamlit(demo: Demo, load: Callable[[], Any], precision: str = "autocast") -> None:
-    """The task as a page of Streamlit."""
+def show_streamlit(demo: Demo, load: Callable[[], Any], **how: Any) -> None:
+    """The task as a page of Streamlit; `how` are options of `perform`."""
     import streamlit as st
 
     st.title(demo.title)
     if "model" not in st.session_state:
-        st.session_state.model = load()
+        try:
+            st.session_state.model = load()
+        except (InferenceError, ValueError, OSError) as error:
+            st.error(str(error))
+            return
     uploads = [st.file_uploader(label, type=["png", "jpg", "jpeg", "webp"]) for label in demo.inputs]
     values = ask_streamlit(st, demo)
     if st.button("Run"):
-        pictures = [None if upload is None else Image.open(upload) for upload in uploads]
         try:
-            made = perform(demo, st.session_state.model, pictures, values, precision)
-        except (InferenceError, ValueError) as error:
+            pictures = [None if upload is None else Image.open(upload) for upload in uploads]
+            made = perform(demo, st.session_state.model, pictures, values, **how)
+        except (InferenceError, ValueError, OSError) as error:
             st.error(str(error))
         else:
             for picture in made:
@@ -311,14 +316,16 @@ def main(name: str, front: str, doc: str | None, argv: list[str] | None = None) 
     opt = get_parser(demo, doc).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    how = {"precision": opt.precision, "bf16": opt.bf16}
+
     def load() -> Any:
         return inference.load_model(opt.ckpt, opt.config, inference.choose_device(opt.device))[0]
 
     try:
         if front == "streamlit":
-            show_streamlit(demo, load, opt.precision)
+            show_streamlit(demo, load, **how)
         else:
-            build_gradio(demo, load(), opt.precision).launch()
+            build_gradio(demo, load(), **how).launch()
     except (ImportError, InferenceError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,27 +24,31 @@ from ldm.models.diffusion.flow import FlowSampler
 from ldm.models.diffusion.plms import PLMSSampler
 from ldm.models.diffusion.sampling_util import Noise
 from ldm.models.diffusion.unipc import UniPCSampler
+from ldm.models.diffusion.wrapper import CLASS_KEYS as CLASS_KEYS  # scripts take both from here
+from ldm.models.diffusion.wrapper import TEXT_KEYS as TEXT_KEYS
 from ldm.quantization import load_quantized, quantization_of
 from ldm.recognition import predicts_v, published_config, recognise
 from taming.checkpoint import (
     CheckpointError,
     Weights,
+    build_empty,
     find_run,
-    load_checkpoint,
     load_into,
     load_model_from_config,
-    tensors_of,
+    stream_into,
 )
-from taming.util import atomic_path, instantiate_from_config, nearest
+from taming.util import atomic_path, instantiate_from_config, nearest, sha256_hash
 
 logger = logging.getLogger(__name__)
 
+SHIPPED = (
+    "models/emoji/text2img"  # the model that comes with the repository: text to pictures of 64x64 pixels
+)
 SAMPLERS = {
     "ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler, "unipc": UniPCSampler, "deis": DEISSampler,
     "flow": FlowSampler,
 }  # fmt: skip
-TEXT_KEYS = ("caption", "txt")
-CLASS_KEYS = ("class_label", "cls")
+MORE_PRECISION = "try --precision full, or --bf16"  # where numbers became infinite
 
 
 class InferenceError(Exception):
@@ -99,16 +102,22 @@ def read_prompts(prompt: str, path: str | None, batch_size: int, repeat: int = 1
 
 
 def load_model(
-    ckpt: str, config: str | None, device: torch.device, overrides: Sequence[str] = ()
+    ckpt: str,
+    config: str | None,
+    device: torch.device,
+    overrides: Sequence[str] = (),
+    classes: Mapping[str, str] | None = None,
 ) -> tuple[Any, Path, Any]:
     """A model from a training run's folder, or from a checkpoint and its configuration.
 
     Args:
-        ckpt: run folder, published model folder, weight file, or the folder of a pipeline of diffusers.
+        ckpt: run folder, folder of runs, published model folder, weight file, or the folder of a pipeline of diffusers;
+            `SHIPPED` is the model that comes with the repository.
         config: its configuration; if None, the one beside the checkpoint, or that of the published model that it is
             recognised as.
         device: where the model goes.
         overrides: `a.b=c` over the configuration.
+        classes: what to build in the place of a configured `model.target`.
 
     Returns:
         The model in eval mode, the weight file, the configuration.
@@ -117,7 +126,7 @@ def load_model(
         InferenceError: something is missing; the message says what to pass.
     """
     if (Path(ckpt) / "model_index.json").is_file():
-        return _load_pipeline(Path(ckpt), config, device, overrides)
+        return _load_pipeline(Path(ckpt), config, device, overrides, classes or {})
     try:
         path, found = find_run(ckpt)
         configs = [config] if config is not None else found
@@ -131,32 +140,46 @@ def load_model(
             configs, twin = [published_config(recognised.config)], recognised.twin
     except FileNotFoundError as error:
         raise InferenceError(str(error)) from error
-    model, merged = _load_configured(path, configs[0], device, overrides)
+    merged = _merged(configs[0], overrides, classes or {})
+    load = load_quantized if quantization_of(path) else load_model_from_config
+    model: Any = load(merged, path, device)
     if twin is not None and predicts_v(model):
         logger.info("%s predicts v: %s", path, twin)
-        model, merged = _load_configured(path, published_config(twin), device, overrides)
+        merged = _merged(published_config(twin), overrides, classes or {})
+        model = _rebuilt(model, merged, device)
     return model, path, merged
 
 
-def _load_configured(
-    path: Path, config: str | Path, device: torch.device, overrides: Sequence[str]
-) -> tuple[Any, Any]:
+def _merged(config: str | Path, overrides: Sequence[str], classes: Mapping[str, str]) -> Any:
     if not Path(config).is_file():
         raise InferenceError(f"--config {config}: there is no such file")
     merged = OmegaConf.merge(OmegaConf.load(config), OmegaConf.from_dotlist(list(overrides)))
     # the checkpoint holds every part's weights, so none needs to be fetched from its own first source
     forget_starting_points(merged.model)
-    load = load_quantized if quantization_of(path) else load_model_from_config
-    return load(merged, path, device), merged
+    merged.model.target = classes.get(merged.model.target, merged.model.target)
+    return merged
+
+
+def _rebuilt(model: Any, config: Any, device: torch.device) -> Any:
+    """The model that another configuration describes, with the very weights of this one."""
+    with build_empty():
+        other: Any = instantiate_from_config(config.model)
+    load_into(other, model.state_dict(), source="the model", assign=True)
+    return other.to(device).eval()
 
 
 def _load_pipeline(
-    folder: Path, config: str | None, device: torch.device, overrides: Sequence[str]
+    folder: Path,
+    config: str | None,
+    device: torch.device,
+    overrides: Sequence[str],
+    classes: Mapping[str, str],
 ) -> tuple[Any, Path, Any]:
     """A model from the folder of a pipeline of diffusers."""
     try:
         own = pipeline_model_config(folder) if config is None else OmegaConf.load(config)
         merged: Any = OmegaConf.merge(own, OmegaConf.from_dotlist(list(overrides)))
+        merged.model.target = classes.get(merged.model.target, merged.model.target)
         model: Any = instantiate_from_config(merged.model)
         load_into(model, read_pipeline(model, folder), source=folder)
     except (FileNotFoundError, ValueError) as error:
@@ -170,7 +193,7 @@ class Run:
 
     Args:
         model: in eval mode.
-        config: merged; every `ckpt_path` in it is cleared.
+        config: merged; every `ckpt_path` in it is cleared, unless it says where the weights are.
         folder: of the run.
         global_step: at which the checkpoint was saved, 0 if it does not say.
     """
@@ -223,16 +246,14 @@ def load_run(
         for part in parts:
             part.pop("data", None)
     config: Any = OmegaConf.merge(*parts, OmegaConf.from_dotlist(list(overrides)))
-    step = 0
     if path is None:
-        return Run(load_model_from_config(config, None, device), config, Path(files[-1]).parent, step)
+        return Run(load_model_from_config(config, None, device), config, Path(files[-1]).parent, 0)
     forget_starting_points(config.model)
-    checkpoint = load_checkpoint(path)
-    step = int(checkpoint.get("global_step", 0))
+    weights = Weights(path)
     model = instantiate_from_config(config.model)
-    load_into(model, tensors_of(checkpoint, path), source=path, strict=strict)
+    stream_into(model, weights, device=device, strict=strict)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return Run(model.to(device).eval(), config, folder, step)
+    return Run(model.to(device).eval(), config, folder, int(weights.metadata.get("global_step", 0)))
 
 
 def forget_starting_points(node: Any) -> None:
@@ -261,9 +282,14 @@ def require_text(model: Any) -> None:
         )
 
 
+def first_stage_factor(model: Any) -> int:
+    """How many pixels' side one latent has."""
+    return 2 ** int(getattr(model, "num_downs", 0))
+
+
 def image_size(model: Any) -> tuple[int, int]:
     """Size of the images that a latent model was built for, and the factor of its first stage."""
-    factor = 2 ** int(getattr(model, "num_downs", 0))
+    factor = first_stage_factor(model)
     return int(model.image_size) * factor, factor
 
 
@@ -310,8 +336,7 @@ def make_sampler(model: Any, name: str | None = None) -> tuple[str, Any]:
 
 def file_hash(path: str | Path) -> str:
     """The first ten digits of a file's SHA-256, the usual way to name a checkpoint."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:10]
+    return sha256_hash(path)[:10]
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -361,6 +386,18 @@ def decode_images(model: Any, latents: Tensor) -> Tensor:
     return torch.clamp((images + 1.0) / 2.0, min=0.0, max=1.0)
 
 
+def encoded_texts(model: Any, prompts: Sequence[str], negative: str, guided: bool) -> tuple[Any, Any]:
+    """The condition of prompts, and what guidance leads away from, if there is guidance. Equal texts are encoded once."""
+    uncond = _encoded(model, [negative] * len(prompts)) if guided else None
+    return _encoded(model, prompts), uncond
+
+
+def _encoded(model: Any, texts: Sequence[str]) -> Any:
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    made, rows = model.get_learned_conditioning(list(place)), [place[text] for text in texts]
+    return [part[rows] for part in made] if isinstance(made, list) else made[rows]
+
+
 @torch.no_grad()
 def sample_text(
     model: Any,
@@ -399,8 +436,7 @@ def sample_text(
     Raises:
         InferenceError: the latents became infinite or undefined.
     """
-    uc = model.get_learned_conditioning([negative_prompt] * len(prompts)) if scale != 1.0 else None
-    c = model.get_learned_conditioning(list(prompts))
+    c, uc = encoded_texts(model, prompts, negative_prompt, scale != 1.0)
     try:
         return sample_images(
             model, sampler, steps, len(prompts), shape, c, verbose=verbose, x_T=x_T, eta=eta,
@@ -408,7 +444,7 @@ def sample_text(
             guidance_rescale=guidance_rescale, time_spacing=time_spacing,
         )  # fmt: skip
     except FloatingPointError as error:
-        raise InferenceError(f"{error}; try --precision full, or --bf16") from error
+        raise InferenceError(f"{error}; {MORE_PRECISION}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ saving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.data.util import AddMiDaS
-from ldm.inference import InferenceError, decode_images, latent_shape, to_image
-from ldm.inference_images import encoded_texts, latents_of, padded_to_step, redraw, size_step, to_pixels
+from ldm.inference import InferenceError, decode_images, encoded_texts, latent_shape, sample_images, to_image
+from ldm.inference_images import (
+    Start,
+    beside_texts,
+    latents_of,
+    padded_to_step,
+    redraw,
+    size_step,
+    to_pixels,
+)
 from ldm.models.diffusion.conditioned import (
     ImageEmbeddingConditionedLatentDiffusion,
     LatentDepth2ImageDiffusion,
@@ -19,9 +27,6 @@ from ldm.models.diffusion.conditioned import (
 )
 from ldm.models.diffusion.sampling_util import Noise
 from ldm.models.diffusion.upscale import LatentUpscaleDiffusion
-
-# makes the noise to begin with, from a shape (b, c, h, w); None leaves that to the sampler
-Start = Callable[[Sequence[int]], Tensor] | None
 
 DEPTH_TYPE = "dpt_hybrid"  # of the published depth network, for one that does not say its type
 RENOISED_LEVEL = 50  # of a mean of embeddings
@@ -46,14 +51,6 @@ def require_kind(model: Any, kind: str) -> None:
         raise InferenceError(
             f"this is a {type(model).__name__}; a model that {does} is a {wanted.__name__}, such as that of {config}"
         )
-
-
-def _joined(
-    model: Any, prompts: Sequence[str], negative: str, scale: float, fixed: dict[str, Any]
-) -> tuple[Any, Any]:
-    """Conditions of texts, each with what stays the same under guidance."""
-    c, uc = encoded_texts(model, prompts, negative, scale != 1.0)
-    return {**fixed, "c_crossattn": [c]}, None if uc is None else {**fixed, "c_crossattn": [uc]}
 
 
 @torch.no_grad()
@@ -92,15 +89,14 @@ def keep_depth(
     estimate = AddMiDaS(getattr(model.depth_model, "model_type", DEPTH_TYPE))
     seen = torch.as_tensor(estimate({"jpg": wide[0].movedim(0, -1)})["midas_in"])[None].to(model.device)
     latents = latents_of(model, wide.to(model.device).repeat(batch_size, 1, 1, 1))
-    batch = {model.depth_stage_key: seen.repeat(batch_size, 1, 1, 1)}
-    c, uc = _joined(
-        model, [prompt] * batch_size, negative_prompt, scale, model.concat_conditions(batch, latents)
-    )
+    depth = model.depth_model(seen)
+    fixed = {"c_concat": [model.condition_of(depth, latents).repeat(batch_size, 1, 1, 1)]}
+    c, uc = beside_texts(fixed, encoded_texts(model, [prompt] * batch_size, negative_prompt, scale != 1.0))
     made = redraw(
         model, latents, c, uc, scale, strength, steps, eta, generator, verbose, from_noise=True
     )  # fmt: skip
-    depth = (stretch(model.depth_model(seen))[0] + 1.0) / 2.0
-    return to_image(depth.expand(3, -1, -1)).resize(image.size), made[..., : image.height, : image.width]
+    grey = (stretch(depth)[0] + 1.0) / 2.0
+    return to_image(grey.expand(3, -1, -1)).resize(image.size), made[..., : image.height, : image.width]
 
 
 @torch.no_grad()
@@ -153,7 +149,7 @@ def enlarge(
     level = torch.full((batch_size,), noise_level, device=model.device)
     noised, level = model.low_scale_model(small, *[level] * (most > 0))
     fixed = {"c_concat": [noised], "c_adm": level}
-    c, uc = _joined(model, [prompt] * batch_size, negative_prompt, scale, fixed)
+    c, uc = beside_texts(fixed, encoded_texts(model, [prompt] * batch_size, negative_prompt, scale != 1.0))
     shape = (batch_size, model.channels, *small.shape[2:])
     samples, _ = sampler.sample(
         S=steps, batch_size=batch_size, shape=shape[1:], conditioning=c, eta=eta, verbose=verbose, generator=generator,
@@ -251,12 +247,12 @@ def vary(
         model, images, [1.0] * len(images) if weights is None else weights, noise_level, renoise
     )
     vector = vector.repeat(batch_size, 1)
-    c, uc = _joined(model, [prompt] * batch_size, negative_prompt, scale, {"c_adm": vector})
+    texts = encoded_texts(model, [prompt] * batch_size, negative_prompt, scale != 1.0)
+    c, uc = beside_texts({"c_adm": vector}, texts)
     if uc is not None:
         uc = {**uc, "c_adm": torch.zeros_like(vector)}
     shape = latent_shape(model, *size)
-    samples, _ = sampler.sample(
-        S=steps, batch_size=batch_size, shape=shape, conditioning=c, eta=eta, verbose=verbose, generator=generator,
+    return sample_images(
+        model, sampler, steps, batch_size, shape, c, eta=eta, verbose=verbose, generator=generator,
         unconditional_guidance_scale=scale, unconditional_conditioning=uc,
     )  # fmt: skip
-    return decode_images(model, samples)

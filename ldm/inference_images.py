@@ -17,11 +17,15 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.inference import (
+    MORE_PRECISION,
     TEXT_KEYS,
     InferenceError,
     decode_images,
+    encoded_texts,
     file_hash,
+    first_stage_factor,
     next_number,
+    sample_images,
     save_grid,
     save_png,
     to_image,
@@ -34,6 +38,8 @@ from taming.data.images import EXTENSIONS, open_rgb, to_float
 
 logger = logging.getLogger(__name__)
 
+# makes the noise to begin with, from a shape (b, c, h, w); None leaves that to the sampler
+Start = Callable[[Sequence[int]], Tensor] | None
 
 # ------------------------------------------------------------------------------------------------------------ pictures
 
@@ -51,11 +57,7 @@ def require_diffusion(model: Any) -> None:
 def size_step(model: Any) -> int:
     """Pixels by which an image's sides may grow: those of one latent, times the network's own halvings."""
     network = model.model.diffusion_model
-    return (
-        2 ** int(getattr(model, "num_downs", 0))
-        * getattr(network, "ds", 1)
-        * getattr(network, "patch_size", 1)
-    )
+    return first_stage_factor(model) * getattr(network, "ds", 1) * getattr(network, "patch_size", 1)
 
 
 def open_picture(path: str | Path, flag: str) -> Image.Image:
@@ -179,10 +181,10 @@ class Filling:
     known: dict[str, Tensor] = field(default_factory=dict)
 
 
-def encoded_texts(model: Any, prompts: Sequence[str], negative: str, guided: bool) -> tuple[Any, Any]:
-    """The condition of prompts, and what guidance leads away from, if there is guidance."""
-    uncond = model.get_learned_conditioning([negative] * len(prompts)) if guided else None
-    return model.get_learned_conditioning(list(prompts)), uncond
+def beside_texts(fixed: Mapping[str, Any], texts: tuple[Any, Any]) -> tuple[Any, Any]:
+    """`encoded_texts`, each with what stays the same under guidance."""
+    c, uc = texts
+    return {**fixed, "c_crossattn": [c]}, None if uc is None else {**fixed, "c_crossattn": [uc]}
 
 
 def _joined_filling(model: Any, images: Tensor, mask: Tensor, texts: Callable[[], Any]) -> Filling:
@@ -191,7 +193,7 @@ def _joined_filling(model: Any, images: Tensor, mask: Tensor, texts: Callable[[]
         raise InferenceError(
             f"a mask and a masked picture are there to be joined, but the model wants concat_keys={list(model.concat_keys)}"
         )
-    factor = 2 ** int(getattr(model, "num_downs", 0))
+    factor = first_stage_factor(model)
     size = (images.shape[2] // factor, images.shape[3] // factor)
     batch = {key: mask.movedim(1, -1) for key in model.concat_keys}
     batch[model.masked_image_key] = (images * (mask < 0.5)).movedim(1, -1)
@@ -199,10 +201,7 @@ def _joined_filling(model: Any, images: Tensor, mask: Tensor, texts: Callable[[]
     shape = (model.channels, *size)
     if model.model.conditioning_key == "concat":
         return Filling(shape, joined)
-    c, uc = texts()
-    return Filling(
-        shape, {**joined, "c_crossattn": [c]}, None if uc is None else {**joined, "c_crossattn": [uc]}
-    )
+    return Filling(shape, *beside_texts(joined, texts()))
 
 
 def _encoded_filling(model: Any, images: Tensor, mask: Tensor, texts: Callable[[], Any]) -> Filling:
@@ -248,7 +247,7 @@ def fill_in(
     eta: float = 0.0,
     generator: Noise = None,
     verbose: bool = True,
-    start: Callable[[Sequence[int]], Tensor] | None = None,
+    start: Start = None,
 ) -> Tensor:
     """A picture with what a mask hides drawn anew, and the rest as it was.
 
@@ -261,7 +260,7 @@ def fill_in(
         batch_size: how many to draw.
         prompt, negative_prompt, scale: for models that read a text; scale 1 is no guidance.
         generator, verbose: see `LatentSampler.sample`.
-        start: makes the noise to begin with, from the shape (b, c, h, w) of the latents; drawn by the sampler if None.
+        start: see `Start`.
 
     Returns:
         (batch_size, 3, h, w) in [0, 1].
@@ -281,11 +280,10 @@ def fill_in(
         lambda: encoded_texts(model, [prompt] * batch_size, negative_prompt, scale != 1.0),
     )
     x_T = None if start is None else start((batch_size, *filling.shape)).to(wide)
-    samples, _ = sampler.sample(
-        S=steps, batch_size=batch_size, shape=filling.shape, conditioning=filling.cond, eta=eta, verbose=verbose, generator=generator,
+    drawn = sample_images(
+        model, sampler, steps, batch_size, filling.shape, filling.cond, eta=eta, verbose=verbose, generator=generator,
         unconditional_guidance_scale=scale, unconditional_conditioning=filling.uncond, x_T=x_T, **filling.known,
     )  # fmt: skip
-    drawn = decode_images(model, samples)
     kept = ((wide.float() + 1.0) / 2.0).clamp(0.0, 1.0)
     return ((1.0 - hidden) * kept + hidden * drawn)[..., :height, :width]
 
@@ -424,7 +422,7 @@ def report(work: Callable[[], Finished]) -> int:
     try:
         made = work()
     except FloatingPointError as error:
-        print(f"error: {error}; try --precision full, or --bf16", file=sys.stderr)
+        print(f"error: {error}; {MORE_PRECISION}", file=sys.stderr)
         return 2
     except (InferenceError, ValueError, OSError) as error:
         # the library's ValueErrors (sizes, step counts, checkpoints, configurations) are written for users

@@ -12,11 +12,13 @@ names, and its `state_dict` does not know of adapters that were loaded so. To tr
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from ldm import lora_keys
 from ldm.lora_keys import Place, places
 from taming.checkpoint import CheckpointError, load_checkpoint, save_safetensors, tensors_of
+from taming.checkpoint_files import locate
 from taming.util import nearest
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # the projections of attention: of the UNet and of BERT, and of CLIP
 TARGETS = ("to_q", "to_k", "to_v", "to_out", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 LAYOUTS = ("kohya", "kohya-ldm", "diffusers")
+PEFT_CONFIG = "adapter_config.json"
 
 
 class Adapter(nn.Module):
@@ -326,7 +330,7 @@ def load_lora(
     Args:
         model: a diffusion model, or a network alone.
         source: a file or its tensors, in the layout of kohya (blocks named as here or as in diffusers), of peft, or of any
-            version of diffusers.
+            version of diffusers. peft writes α into `adapter_config.json` beside its file, where it is looked for.
         scale: how strong.
 
     Returns:
@@ -336,8 +340,8 @@ def load_lora(
         FileNotFoundError: no such file.
         CheckpointError: no LoRA, one for another model, or one of another kind.
     """
-    tensors, metadata, name = _read(source)
-    layers, strange = lora_keys.read_layers(tensors, metadata, name)
+    tensors, notes, name = _read(source)
+    layers, strange = lora_keys.read_layers(tensors, notes, name)
     all_places = places(model)
     spelled = {s: p for p in reversed(all_places) for s in lora_keys.spellings(p)}
     fitting = {layer: spelled[layer] for layer in layers if layer in spelled}
@@ -362,11 +366,32 @@ def load_lora(
     return lora
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Any, str]:
-    if isinstance(source, Mapping):
-        return source, {}, "the LoRA"
-    loaded = load_checkpoint(source)
-    return tensors_of(loaded, source), loaded.get("metadata") or {}, str(source)
+def _read(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+) -> tuple[Mapping[str, Tensor], dict[str, Any], str]:
+    """Tensors, what stands beside them, and a name for messages."""
+    tensors, notes, name = source, {}, "the LoRA"
+    config: Path | None = None
+    if not isinstance(tensors, Mapping):
+        path, name = locate(tensors), str(source)
+        loaded, config = load_checkpoint(path), path.with_name(PEFT_CONFIG)
+        tensors = tensors_of(loaded, path)
+        notes = _parsed((loaded.get("metadata") or {}).get("lora_adapter_metadata", "{}"), name)
+    if any(key.startswith(lora_keys.PEFT) for key in tensors):
+        if config is not None and config.is_file():
+            notes = _parsed(config.read_text(encoding="utf-8"), config) | notes
+        if "lora_alpha" not in notes and not any(key.endswith(".alpha") for key in tensors):
+            logger.warning(
+                "%s does not say its α, and there is no %s beside it that does: α is taken to be the rank.", name, PEFT_CONFIG
+            )  # fmt: skip
+    return tensors, notes, name
+
+
+def _parsed(text: str, source: str | Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{source}: its notes on the LoRA are no JSON object ({error})") from error
 
 
 def _refuse_shapes(name: str, layers: Mapping[str, Mapping[str, Any]], fitting: Mapping[str, Place]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -161,25 +160,28 @@ OTHER_METHODS = {
 }  # fmt: skip
 
 
+PEFT = "base_model.model."  # what peft puts before the names of its own files
+
+
 def read_layers(
-    state: Mapping[str, Tensor], metadata: Mapping[str, str], source: str
+    state: Mapping[str, Tensor], notes: Mapping[str, Any], source: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The layers of a file: `{name: {"down": …, "up": …, "alpha": …}}`, and the entries that belong to none.
 
     Args:
         state: its tensors.
-        metadata: its strings; peft keeps its alphas there.
+        notes: peft's configuration, which has the alphas; diffusers puts "unet." and the like before its names.
         source: its name, for messages.
 
     Raises:
-        CheckpointError: it holds another kind of adapter, or half of a layer.
+        CheckpointError: it holds another kind of adapter, or half of a layer, or the notes a pattern that is none.
     """
     layers: dict[str, dict[str, Any]] = {}
     strange = []
     for name, value in state.items():
         if method := next((m for mark, m in OTHER_METHODS.items() if mark in name), None):
             raise CheckpointError(f"{source} holds {method} ({name}); only LoRA can be read")
-        layer, role = _split(name.removeprefix("base_model.model."))
+        layer, role = _split(name.removeprefix(PEFT))
         if role is None:
             strange.append(name)
         else:
@@ -191,7 +193,7 @@ def read_layers(
         elif lost := {"down", "up"} - parts.keys():
             raise CheckpointError(f"{source} is incomplete: {layer} has no {lost.pop()} weight")
         else:
-            parts.setdefault("alpha", _alpha_of_metadata(metadata, layer, len(parts["down"])))
+            parts.setdefault("alpha", _noted_alpha(notes, layer, len(parts["down"]), source))
     return layers, strange
 
 
@@ -208,11 +210,18 @@ def _split(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _alpha_of_metadata(metadata: Mapping[str, str], layer: str, rank: int) -> float:
-    """peft's α for a layer: its rank if the file says nothing."""
-    notes = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+def _noted_alpha(notes: Mapping[str, Any], layer: str, rank: int, source: str) -> float:
+    """peft's α for a layer: its rank if the notes say nothing."""
     part, _, path = layer.partition(".")
-    patterns = notes.get(f"{part}.alpha_pattern") or {}
-    alpha = next((a for p, a in patterns.items() if path.endswith(p)), notes.get(f"{part}.lora_alpha", rank))
+    begin, path = (f"{part}.", path) if part in KOHYA else ("", layer)
+    alpha = notes.get(f"{begin}lora_alpha", rank)
+    for pattern, own in (notes.get(f"{begin}alpha_pattern") or {}).items():
+        try:
+            fits = re.fullmatch(rf"(.*\.)?({pattern})", path)
+        except re.error as error:
+            raise CheckpointError(f"{source}: alpha_pattern {pattern!r} is no pattern ({error})") from error
+        if fits:
+            alpha = own
+            break
     # rank-stabilised LoRA divides by √r (Kalajdzievski 2023)
-    return alpha * math.sqrt(rank) if notes.get(f"{part}.use_rslora") else alpha
+    return alpha * math.sqrt(rank) if notes.get(f"{begin}use_rslora") else alpha

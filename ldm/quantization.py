@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from taming.checkpoint import load_checkpoint, load_into, save_safetensors
+from taming.checkpoint import build_empty, load_checkpoint, load_into, save_safetensors
 from taming.util import instantiate_from_config, nearest
 
 # names in torchao.quantization: weights alone are quantised, and multiplied in the precision of their inputs
@@ -101,6 +101,7 @@ def load_quantized(
     loaded = load_checkpoint(path)
     tensors, rest = _parted(loaded["state_dict"])
     network, _left = support.unflatten_tensor_state_dict(tensors, loaded["metadata"])
-    model = instantiate_from_config(config.model).requires_grad_(False)
+    with build_empty():
+        model = instantiate_from_config(config.model).requires_grad_(False)
     load_into(model, {**rest, **network}, source=path, strict=True, assign=True)
     return model.to(device).eval()

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from ldm.inference import SAMPLERS, InferenceError, choose_device, load_run, save_grid
 from ldm.models.diffusion.conditioned import LatentInpaintDiffusion
 from ldm.models.diffusion.latent import CLASS_KEYS
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.distributions.distributions import likeliest
 from ldm.util import log_txt_as_img
 from taming.checkpoint import CheckpointError
 from taming.data.utils import custom_collate
@@ -199,7 +199,7 @@ def draw_enlarged(model: Any, dataset: Any, opt: argparse.Namespace) -> Picture:
 def through(model: Any, images: Tensor) -> Tensor:
     """Images (n, 3, h, w) in [-1, 1], encoded and decoded again; a posterior's mean where there is one."""
     encoded = model.encode_first_stage(images.to(model.device))
-    z = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+    z = likeliest(encoded)
     return model.decode_first_stage(model.scale_factor * z).float().cpu().clamp(-1, 1)
 
 

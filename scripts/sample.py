@@ -36,7 +36,6 @@ from ldm.models.diffusion.latent import LatentDiffusion
 from ldm.models.diffusion.sampling_util import draw, sources
 from scripts import flags
 from scripts.sample_fast import latent_shape
-from taming.checkpoint import find_run
 from taming.models.cond_transformer import Net2NetTransformer
 from taming.training.arguments import split_overrides
 
@@ -321,21 +320,9 @@ def precision_of(opt: argparse.Namespace) -> torch.dtype | None:
 def name_model(opt: argparse.Namespace) -> None:
     """Settle on the model that txt2img.py would take, if none is named."""
     if opt.ckpt is None:
-        newest = argparse.Namespace(**vars(opt))
-        flags.fill_defaults(newest)
-        opt.ckpt, opt.config = newest.ckpt, newest.config
-
-
-def engine_override(opt: argparse.Namespace) -> list[str]:
-    """An engine is loaded as the class with short calls; other models as they are."""
-    try:
-        files = [Path(opt.config)] if opt.config else find_run(opt.ckpt)[1]
-    except FileNotFoundError:  # loading says what is missing
-        return []
-    target = (
-        OmegaConf.select(OmegaConf.load(files[0]), "model.target") if files and files[0].is_file() else None
-    )
-    return [f"model.target={DRAWING_ENGINE}"] if target == ENGINE else []
+        named = argparse.Namespace(**vars(opt))
+        flags.fill_defaults(named)
+        opt.ckpt, opt.config = named.ckpt, named.config
 
 
 def make_drawer(model: Any, opt: argparse.Namespace, config: Any) -> Any:
@@ -358,8 +345,9 @@ def run(opt: argparse.Namespace, overrides: list[str]) -> Finished:
         raise InferenceError(f"--n_samples {opt.n_samples} --n_iter {opt.n_iter}: both must be at least 1")
     name_model(opt)
     device = inference.choose_device(opt.device)
+    # an engine is built as the class with short calls
     model, path, config = inference.load_model(
-        opt.ckpt, opt.config, device, [*engine_override(opt), *overrides]
+        opt.ckpt, opt.config, device, overrides, {ENGINE: DRAWING_ENGINE}
     )
     drawer = make_drawer(model, opt, config)
     lora = flags.add_adapters(model, opt)

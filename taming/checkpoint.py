@@ -7,6 +7,8 @@ Files from strangers are untrusted: `.safetensors` cannot carry code, and of a p
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,15 +18,34 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from taming.checkpoint_files import INDEX, Weights, locate, read_index, read_safetensors, tensors_of
+from taming.checkpoint_files import (
+    INDEX,
+    Weights,
+    in_checkout,
+    locate,
+    read_index,
+    read_safetensors,
+    tensors_of,
+)
 from taming.checkpoint_loading import build_empty, load_into, load_model_from_config, stream_into
 from taming.checkpoint_pickles import CheckpointError, Inert, read_pickle
 from taming.util import atomic_path, nearest
 
 __all__ = [
     "CheckpointError", "Inert", "Weights", "averaged_weights", "build_empty", "find_run", "load_checkpoint", "load_data", "load_into",
-    "load_model_from_config", "load_state_dict", "save_checkpoint", "save_safetensors", "stream_into", "tensors_of",
+    "load_model_from_config", "load_state_dict", "save_checkpoint", "save_safetensors", "save_shards", "stream_into", "tensors_of",
 ]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+# what the folder of a run or of a published model holds, the best first
+WEIGHT_FILES = (
+    "checkpoints/last.ckpt",
+    "last.ckpt",
+    "model.ckpt",
+    "model.safetensors",
+    f"model.safetensors{INDEX}",
+)
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -121,6 +142,38 @@ def save_safetensors(
         save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
+def save_shards(
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    max_size: int,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """As `save_safetensors`, in several files and an index where one would be too large.
+
+    Args:
+        state_dict: names and tensors.
+        path: `<stem>.safetensors`; several are `<stem>-00001-of-00002.safetensors`, … and `<stem>.safetensors.index.json`.
+        max_size: of one file's tensors, in bytes.
+        metadata: strings to store in each file.
+
+    Returns:
+        The files of tensors.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    path = Path(path)
+    plan = split_torch_state_dict_into_shards(
+        dict(state_dict), filename_pattern=f"{path.stem}{{suffix}}{path.suffix}", max_shard_size=max_size
+    )
+    for name, members in plan.filename_to_tensors.items():
+        save_safetensors({member: state_dict[member] for member in members}, path.with_name(name), metadata)
+    if plan.is_sharded:  # last: an index speaks of files that are there
+        with atomic_path(f"{path}{INDEX}") as temporary:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            temporary.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return [path.with_name(name) for name in plan.filename_to_tensors]
+
+
 # ------------------------------------------------------------------------------------------------------- run folders
 
 
@@ -128,8 +181,9 @@ def find_run(path: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
     """The checkpoint and configuration files of a training run or a published model folder.
 
     Args:
-        path: a log folder (`logs/<run>`), a checkpoint inside one, or a published folder with `config.yaml` and
-            `model.ckpt`.
+        path: a log folder (`logs/<run>`), a checkpoint inside one, a published folder with `config.yaml` and `model.ckpt`, or a
+            folder of log folders (`logs`), whose newest checkpoint is taken; a path that is not there is looked for in the
+            checkout, too.
 
     Returns:
         The checkpoint's path and the configurations to merge, in order (may be empty for a lone checkpoint).
@@ -137,13 +191,16 @@ def find_run(path: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
     Raises:
         FileNotFoundError: nothing there to load.
     """
-    path = Path(path)
+    path = in_checkout(path)
     if path.is_dir():
-        candidates = ["checkpoints/last.ckpt", "last.ckpt", "model.ckpt", "model.safetensors"]
-        folder, ckpt = path, next((path / c for c in candidates if (path / c).is_file()), None)
+        folder, ckpt = path, next((path / c for c in WEIGHT_FILES if (path / c).is_file()), None)
+        if ckpt is None and (runs := list(path.glob("*/checkpoints/last.ckpt"))):
+            ckpt = max(runs, key=lambda run: run.stat().st_mtime)
+            folder = ckpt.parents[1]
+            logger.info("The newest run in %s is %s", path, folder.name)
         if ckpt is None:
             raise FileNotFoundError(
-                f"{path} holds none of {', '.join(candidates)}. Has the run saved a checkpoint yet?"
+                f"{path} holds none of {', '.join(WEIGHT_FILES)}. Has the run saved a checkpoint yet?"
             )
     elif path.is_file():
         ckpt, folder = path, path.parent.parent if path.parent.name == "checkpoints" else path.parent

@@ -27,14 +27,20 @@ FOLDER = tuple(
 )
 
 
+def in_checkout(path: str | os.PathLike[str]) -> Path:
+    """A path; one that is not there from the working directory on, but is in the checkout, is taken there."""
+    path, shipped = Path(path), CHECKOUT / path
+    return shipped if shipped.exists() and not path.exists() else path
+
+
 def locate(path: str | os.PathLike[str]) -> Path:
     """A file or folder of weights; a relative path is looked up in the working directory, then in the checkout.
 
     Raises:
         FileNotFoundError: no such file; neighbours are named.
     """
-    path = Path(path)
-    found = next((p for p in (path, CHECKOUT / path) if p.exists()), None)
+    path = in_checkout(path)
+    found: Path | None = path if path.exists() else None
     if found is not None and found.is_dir():
         found = next((found / name for name in FOLDER if (found / name).is_file()), None)
         if found is None:

@@ -1,4 +1,7 @@
-"""Published weights: where they are, and one way to fetch them. Nothing else of the library downloads a model unasked.
+"""Published weights of whole models: where they are, and one way to fetch them, which nothing else of the library calls.
+
+Parts of a model that no checkpoint has filled fetch their own: LPIPS when it is built, encoders, tokenizers and MiDaS at latest
+when they are first used.
 
 fetch("sdxl-base")        # the path of the file, in the cache folder; fetched if it is not there, or only half of it is
 """
@@ -13,7 +16,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taming.util import download, nearest, sha256_hash
+from taming.util import download, nearest, sha256_hash, user_cache
 
 HUB = "https://huggingface.co"
 CACHE = "LGM_CACHE"  # environment variable with the cache folder
@@ -51,8 +54,7 @@ PUBLISHED = {
 
 def cache_folder() -> Path:
     """Where fetched weights are: $LGM_CACHE, or `latent-generative-models` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE) or Path(base) / "latent-generative-models")
+    return Path(os.environ.get(CACHE) or user_cache() / "latent-generative-models")
 
 
 def place_of(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
@@ -93,7 +95,7 @@ def fetch(name: str, folder: str | os.PathLike[str] | None = None, check: bool =
                     f"{place} has SHA-256 {found} instead of {expected}; remove it and fetch it again"
                 )
             return place
-        download(url, place, sha256=expected, headers=_token())
+        download(url, place, sha256=expected, headers=_token(url))
     except OSError as error:
         raise OSError(
             f"{known.about} could not be fetched ({_reason(error)}). Fetch {known.file} of {HUB}/{known.repository} on a machine "
@@ -122,7 +124,9 @@ def published_sha256(url: str) -> str | None:
     opener = urllib.request.build_opener(_Stay)
     for _ in range(REDIRECTS):
         try:
-            headers: Any = opener.open(urllib.request.Request(url, method="HEAD", headers=_token())).headers
+            headers: Any = opener.open(
+                urllib.request.Request(url, method="HEAD", headers=_token(url))
+            ).headers
         except urllib.error.HTTPError as error:
             if error.code not in (301, 302, 303, 307, 308):
                 raise
@@ -136,7 +140,7 @@ def published_sha256(url: str) -> str | None:
     return None
 
 
-def _token() -> dict[str, str]:
-    """The user's own token for the hub, for files behind a license."""
-    token = os.environ.get("HF_TOKEN")
+def _token(url: str) -> dict[str, str]:
+    """The user's own token for files behind a license, if the address is the hub's own: others must not see it."""
+    token = os.environ.get("HF_TOKEN") if url.startswith(f"{HUB}/") else None
     return {"Authorization": f"Bearer {token}"} if token else {}

@@ -291,6 +291,11 @@ def retrieve(
 # ----------------------------------------------------------------------------------------------- files and downloads
 
 
+def user_cache() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place only if the block ends well.

@@ -16,7 +16,7 @@ from ldm import inference
 from ldm.models.diffusion.latent_space import LatentSpace
 from ldm.models.diffusion.sampling_util import Noise
 from ldm.models.diffusion.wrapper import ROUTES
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.distributions.distributions import likeliest
 from taming.data.images import as_rgb, open_rgb
 
 TEXT_GUIDANCE = 7.5
@@ -76,7 +76,7 @@ class NotebookCalls(LatentSpace):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] = inference.SHIPPED,
         config: str | os.PathLike[str] | None = None,
         device: str = "auto",
         overrides: Sequence[str] = (),
@@ -84,7 +84,8 @@ class NotebookCalls(LatentSpace):
         """A trained model, ready to draw.
 
         Args:
-            path: a training run's folder (logs/…), a published model's, or a checkpoint.
+            path: a training run's folder (logs/…), a published model's, or a checkpoint; by default the model of emoji that comes
+                with the repository.
             config: its configuration; found beside it if None.
             device: "auto", "cpu", "cuda" or "mps".
             overrides: `a.b=c` over the configuration.
@@ -158,7 +159,7 @@ class NotebookCalls(LatentSpace):
             )  # fmt: skip
         return pictures(made, single=isinstance(prompt, str) or prompt is None)
 
-    @functools.wraps(LatentSpace.sample)
+    @functools.wraps(LatentSpace.sample, assigned=())  # its signature, but our own docstring
     def sample(self, *args: Any, **kwargs: Any) -> Any:
         """Pictures by `sample(prompt, condition=…, num_steps=50, guidance_scale=7.5)`, see `generate` for all options; else latents.
 
@@ -302,7 +303,7 @@ class NotebookCalls(LatentSpace):
         """What guidance leads away from, in the form of `cond`: pictures and vectors stay, the text or class goes."""
         key = None if cond is None else self.cond_stage_key
         if key in inference.TEXT_KEYS:
-            null = self.get_learned_conditioning([negative_prompt] * images)
+            null = self.get_unconditional_conditioning(images, [negative_prompt])
         elif key in inference.CLASS_KEYS:
             null = self.get_unconditional_conditioning(images)
         else:
@@ -315,9 +316,7 @@ class NotebookCalls(LatentSpace):
 
     def _latents_of(self, picture: Tensor) -> Tensor:
         """The likeliest latents of a picture (1, 3, h, w), scaled."""
-        encoded = self.encode_first_stage(picture)
-        likeliest = encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
-        return self.get_first_stage_encoding(likeliest)
+        return self.get_first_stage_encoding(likeliest(self.encode_first_stage(picture)))
 
     def _picture(self, image: Any) -> Tensor:
         """A picture of any of `img2img`'s kinds as (1, 3, h, w) in [-1, 1]."""

@@ -213,13 +213,14 @@ def _strips(x: Tensor, pixels: int) -> Iterator[tuple[int, int]]:
 def _scale_and_shift(x: Tensor, norm: nn.GroupNorm, pixels: int) -> tuple[Tensor, Tensor]:
     """Group normalisation of the whole map as a factor and an addend a channel, (b, c, 1, 1) each."""
     b, c = x.shape[:2]
-    total = x.new_zeros(2, b, norm.num_groups, dtype=torch.float64)
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+    total = x.new_zeros(2, b, norm.num_groups, dtype=exact)
     for start, end in _strips(x, pixels):
         groups = x[:, :, start:end].reshape(b, norm.num_groups, -1)
         variance, mean = torch.var_mean(groups.float(), dim=-1, correction=0)
-        mean, count = mean.double(), groups.shape[-1]
+        mean, count = mean.to(exact), groups.shape[-1]
         total[0] += mean * count
-        total[1] += (variance.double() + mean**2) * count
+        total[1] += (variance.to(exact) + mean**2) * count
     mean, square = total / (x[0].numel() // norm.num_groups)
     deviation = (square - mean**2).clamp(min=0).add(norm.eps).sqrt()
     factor, shift = (
@@ -278,7 +279,7 @@ def _resnet(block: ResnetBlock, x: Tensor, pixels: int) -> Tensor:
     return _convolve(h, block.conv2, pixels, _normalised(h, block.norm2, pixels), onto=x)
 
 
-def _attend(block: nn.Module, x: Tensor, pixels: int) -> Tensor:
+def _attend(block: nn.Module, x: Tensor) -> Tensor:
     """Attention over the whole map; PyTorch's kernels hold no matrix of scores."""
     return (
         x.add_(block.proj_out(block.attention(block.norm(x)))) if isinstance(block, AttnBlock) else block(x)
@@ -306,13 +307,13 @@ def _downsample(layer: Downsample, x: Tensor, pixels: int) -> Tensor:
 
 
 def _middle(mid: Any, h: Tensor, pixels: int) -> Tensor:
-    return _resnet(mid.block_2, _attend(mid.attn_1, _resnet(mid.block_1, h, pixels), pixels), pixels)
+    return _resnet(mid.block_2, _attend(mid.attn_1, _resnet(mid.block_1, h, pixels)), pixels)
 
 
 def _level(network: Any, stage: Any, h: Tensor, pixels: int) -> Tensor:
     for block, attend in network.steps(stage):
         h = _resnet(block, h, pixels)
-        h = h if attend is None else _attend(attend, h, pixels)
+        h = h if attend is None else _attend(attend, h)
     return h
 
 

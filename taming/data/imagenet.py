@@ -27,7 +27,7 @@ from taming.data.ilsvrc import (
 )
 from taming.data.images import Preprocessor, imscale, open_rgb, open_stored, rgba_to_depth, to_float
 from taming.data.utils import is_prepared, mark_prepared
-from taming.util import atomic_path, download, retrieve
+from taming.util import atomic_path, download, retrieve, user_cache
 
 __all__ = [
     "BaseWithDepth",
@@ -92,8 +92,7 @@ class ImageNetBase(DelegatingDataset):
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
         self.config: Any = {} if config is None else config
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self.root = os.path.join(cache, "autoencoders/data", self.NAME)
+        self.root = os.path.join(user_cache(), "autoencoders/data", self.NAME)
         self.datadir = os.path.join(self.root, "data")
         self.txt_filelist = os.path.join(self.root, "filelist.txt")
         self.idx2syn = os.path.join(self.root, "index_synset.yaml")

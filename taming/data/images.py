@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -128,6 +128,9 @@ def resize_and_crop(
     return image.crop((left, top, left + size, top + size))
 
 
+MATRICES = 16  # are kept of a kind, each 1 MB for 500 → 256 pixels: a data set's pictures have few sizes
+
+
 def _pick_nearest(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     rows = np.arange(height) * pixels.shape[0] // height
     columns = np.arange(width) * pixels.shape[1] // width
@@ -154,6 +157,7 @@ def tap_matrix(taps: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
     return matrix
 
 
+@lru_cache(MATRICES)
 def _lanczos_matrix(n: int, size: int) -> np.ndarray:
     """The windowed sinc of eight taps (a = 4), border pixels repeated."""
     positions = (np.arange(size) + 0.5) * (n / size) - 0.5
@@ -162,6 +166,7 @@ def _lanczos_matrix(n: int, size: int) -> np.ndarray:
     return tap_matrix(taps.clip(0, n - 1), np.sinc(distance) * np.sinc(distance / 4), n)
 
 
+@lru_cache(MATRICES)
 def _area_matrix(n: int, size: int) -> np.ndarray:
     """The share of each old pixel in each new, larger one; PIL's box takes old pixels whole or not at all."""
     edges = np.arange(size + 1) * (n / size)

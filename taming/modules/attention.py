@@ -15,6 +15,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from taming.util import user_cache
+
 logger = logging.getLogger(__name__)
 
 # PyTorch's own ways, by name; "explicit" is the one that writes all scores out
@@ -101,9 +103,8 @@ def _explicit_is_faster(q: Tensor, k: Tensor, causal: bool) -> bool:
 
 def choices_file() -> Path:
     """Where scripts/optimize/optimize_attention.py records its choices: $TAMING_ATTENTION, or a file in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    given = os.environ.get("TAMING_ATTENTION") or f"{cache}/latent-generative-models/attention.json"
-    return Path(given).expanduser()
+    given = os.environ.get("TAMING_ATTENTION")
+    return Path(given).expanduser() if given else user_cache() / "latent-generative-models" / "attention.json"
 
 
 def machine_name(device: torch.device) -> str:

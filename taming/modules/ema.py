@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ class LitEma(nn.Module):
         decay: share of the average that stays at each update, in [0, 1].
         use_num_upates: warm up, with the rate min(decay, (1 + n) / (10 + n)) at update n (published spelling).
 
+    Attributes:
+        void: weights were loaded without averages, so these are those of no model: `ema_scope` leaves the live weights in
+            place, and the next update begins with them.
+        filled: averages were loaded, or an update was made.
+
     Raises:
         ValueError: decay outside [0, 1].
     """
@@ -33,6 +39,7 @@ class LitEma(nn.Module):
             raise ValueError(f"decay={decay} must lie between 0 and 1")
         self.register_buffer("decay", torch.tensor(decay, dtype=torch.float32))
         self.register_buffer("num_updates", torch.tensor(0 if use_num_upates else -1, dtype=torch.int32))
+        self.void = self.filled = False
         self.m_name2s_name: dict[str, str] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -40,6 +47,11 @@ class LitEma(nn.Module):
                 self.m_name2s_name[name] = shadow
                 self.register_buffer(shadow, parameter.detach().clone())
         self.collected_params: list[Tensor] = []
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.filled = self.filled or any(name.startswith(prefix) for name in state_dict)
+        self.void = not self.filled
 
     def reset_num_updates(self) -> None:
         """Begin the warm-up again."""
@@ -70,6 +82,9 @@ class LitEma(nn.Module):
             n = int(self.num_updates)
             decay = min(decay, (1 + n) / (10 + n))
         shadows, parameters = self._pairs(model)
+        if self.void:
+            decay, self.void = 0.0, False
+        self.filled = True
         if shadows:
             # one fused kernel for all tensors: the update is a noticeable part of a small model's step otherwise
             torch._foreach_lerp_(
@@ -99,10 +114,10 @@ def ema_scope(ema: LitEma | None, model: nn.Module) -> Iterator[None]:
     """Run a block with the averaged weights in the model; the live ones come back even if it fails.
 
     Args:
-        ema: the averages; None leaves the model as it is.
+        ema: the averages; None, or void ones, leave the model as it is.
         model: the module that `ema` follows.
     """
-    if ema is None:
+    if ema is None or ema.void:
         yield
         return
     ema.store(model.parameters())

@@ -15,6 +15,9 @@ from taming.util import instantiate_from_config
 
 logger = logging.getLogger(__name__)
 
+# what `last.ckpt` has in common with the ranked checkpoints
+LAST_OPTIONS = ("every_n_train_steps", "every_n_epochs", "save_weights_only")
+
 
 def _default(target: str, **params: Any) -> Any:
     return OmegaConf.create({"target": target, "params": params})
@@ -112,12 +115,15 @@ def make_callbacks(lightning: DictConfig, config: DictConfig, model: Any, run: R
 
 
 def _last_checkpoint(checkpoint: DictConfig, run: RunFolder) -> DictConfig | None:
-    """Our own keeper of `last.ckpt`, at the ranked checkpoints' rhythm, in the place of Lightning's `save_last`."""
+    """Our own keeper of `last.ckpt`, at the ranked checkpoints' rhythm and place, instead of Lightning's `save_last`.
+
+    Where `dirpath: null` leaves the ranked ones' place to Lightning, this file lies where a run is resumed from.
+    """
     params = checkpoint.params
     ours = checkpoint.target.endswith(".ModelCheckpoint") and params.get("train_time_interval") is None
     if not (ours and params.get("save_last")):
         return None
     params.save_last = False
-    rhythm = {k: params[k] for k in ("every_n_train_steps", "every_n_epochs") if params.get(k)}
-    path = os.path.join(params.dirpath, "last.ckpt")
-    return _default("taming.training.checkpointing.LastCheckpoint", path=path, **rhythm)
+    options = {k: params[k] for k in LAST_OPTIONS if params.get(k) is not None}
+    path = os.path.join(params.get("dirpath") or run.ckptdir, "last.ckpt")
+    return _default("taming.training.checkpointing.LastCheckpoint", path=path, **options)

@@ -35,33 +35,42 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         path: the file.
-        every_n_train_steps: save every so many steps; None saves at the ends of epochs.
-        every_n_epochs: save at every so many of these.
+        every_n_train_steps: save every so many steps.
+        every_n_epochs: save at the end of every so many epochs; of every one, if neither rhythm is given. 0 is never, of both:
+            then the end of the training is saved alone.
+        save_weights_only: leave the optimizers' state out, so that the file cannot be resumed from.
     """
 
     def __init__(
-        self, path: str, every_n_train_steps: int | None = None, every_n_epochs: int | None = None
+        self,
+        path: str,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        save_weights_only: bool = False,
     ) -> None:
         super().__init__()
         self.path = path
-        self.every_n_train_steps = every_n_train_steps
-        self.every_n_epochs = every_n_epochs or 1
+        self.every_n_train_steps = every_n_train_steps or 0
+        neither = every_n_train_steps is None and every_n_epochs is None
+        self.every_n_epochs = 1 if neither else every_n_epochs or 0
+        self.save_weights_only = save_weights_only
         self.saved_at = -1
 
     def save(self, trainer: Any) -> None:
         """Write the file, unless it holds this step already."""
         if trainer.global_step != self.saved_at and not trainer.fast_dev_run:
             self.saved_at = trainer.global_step
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, self.save_weights_only)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Save if this step is due."""
-        if self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0:
+        """Save if this step is due; before the first one (its gradients may be gathered from several batches) there is nothing to."""
+        every, step = self.every_n_train_steps, trainer.global_step
+        if every and step and step % every == 0:
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Save if this epoch is due."""
-        if not self.every_n_train_steps and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -289,6 +289,47 @@ def test_pefts_alphas_are_read_from_the_metadata(pipe, tmp_path):
     assert [float(a.factor) for a in load_lora(pipe, tmp_path / "peft.safetensors").values()] == [1, 4]
 
 
+def peft_layers():
+    names = [f"base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_{name}" for name in "kq"]
+    return {f"{n}.lora_{side}.weight": torch.randn(s) for n in names for side, s in (("A", (4, 64)), ("B", (64, 4)))}  # fmt: skip
+
+
+def test_pefts_alphas_are_read_from_the_configuration_beside_its_file(pipe, tmp_path, caplog):
+    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file(peft_layers(), file)
+    notes = {"r": 4, "lora_alpha": 8, "alpha_pattern": {r"attn\d\.to_k": 2}, "use_rslora": False}
+    config.write_text(json.dumps(notes))
+    assert [float(a.alpha) for a in load_lora(pipe, file).values()] == [2, 8]
+    config.write_text(json.dumps({**notes, "use_rslora": True, "alpha_pattern": {"to_k": 2, "^to_q": 5}}))
+    assert [float(a.factor) for a in load_lora(pipe, file).values()] == [1, 4]
+    assert "α is taken to be the rank" not in caplog.text
+    config.write_text(json.dumps({**notes, "alpha_pattern": {"(": 2}}))
+    with pytest.raises(CheckpointError, match=r"alpha_pattern '\(' is no pattern"):
+        load_lora(pipe, file)
+    config.write_text("[1")
+    with pytest.raises(
+        CheckpointError, match=r"adapter_config.json: its notes on the LoRA are no JSON object"
+    ):
+        load_lora(pipe, file)
+
+
+def test_a_file_of_pefts_without_its_configuration_is_warned_of(pipe, tmp_path, caplog):
+    save_file(peft_layers(), tmp_path / "adapter_model.safetensors")
+    lora = load_lora(pipe, tmp_path / "adapter_model.safetensors")
+    assert [float(a.factor) for a in lora.values()] == [1, 1]
+    assert (
+        "adapter_model.safetensors does not say its α" in caplog.text and "adapter_config.json" in caplog.text
+    )
+
+
+def test_a_configuration_that_lies_beside_a_file_of_another_layout_is_not_its(pipe, tmp_path):
+    state = {n.replace("base_model.model.", "unet."): v for n, v in peft_layers().items()}
+    save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8}))
+    lora = load_lora(pipe, tmp_path / "pytorch_lora_weights.safetensors")
+    assert [float(a.factor) for a in lora.values()] == [1, 1]
+
+
 def test_a_matrix_for_a_pointwise_convolution_and_its_scale_are_understood(pipe):
     name = "lora_unet_mid_block_attentions_0_proj_in"
     down, up = torch.randn(2, 64), torch.randn(64, 2)

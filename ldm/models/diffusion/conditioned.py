@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.models.diffusion.latent import LatentDiffusion
+from ldm.models.diffusion.wrapper import TEXT_KEYS
+from ldm.modules.diffusionmodules.util import drop_rows
 from taming.models.base import image_from_batch
 from taming.util import freeze, instantiate_from_config
 
@@ -243,8 +245,11 @@ class LatentDepth2ImageDiffusion(LatentFinetuneDiffusion):
         self.depth_model = freeze(instantiate_from_config(self.depth_stage_config))
 
     def concat_part(self, batch: Mapping[str, Any], key: str, z: Tensor) -> Tensor:
-        """Depth in the latents' size, each picture's own run from near to far stretched to [-1, 1]."""
-        depth = self._depth(batch, key, z)
+        """The estimate's `condition_of`."""
+        return self.condition_of(self._depth(batch, key, z), z)
+
+    def condition_of(self, depth: Tensor, z: Tensor) -> Tensor:
+        """Depth (b, 1, h, w) in the size of latents z, each picture's own run from near to far stretched to [-1, 1]."""
         depth = F.interpolate(depth, size=z.shape[2:], mode="bicubic", align_corners=False)
         return stretch(depth, slack=0.001)
 
@@ -301,12 +306,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         vector = self.embedder(images)
         if self.noise_augmentor is not None:
             vector = torch.cat(self.noise_augmentor(vector), dim=1)
-        if self.training:
-            kept = torch.bernoulli(
-                torch.full((len(vector),), 1.0 - self.embedding_dropout, device=vector.device)
-            )
-            vector = kept[:, None] * vector
-        return vector
+        return drop_rows(vector, self.embedding_dropout) if self.training else vector
 
     def get_input(
         self,
@@ -334,7 +334,7 @@ class ImageEmbeddingConditionedLatentDiffusion(LatentDiffusion):
         Raises:
             AssertionError: the condition is no text (the published error class).
         """
-        if self.cond_stage_key not in ("caption", "txt"):
+        if self.cond_stage_key not in TEXT_KEYS:
             raise AssertionError(
                 f"pictures are logged for texts, cond_stage_key 'caption' or 'txt', not {self.cond_stage_key!r}"
             )

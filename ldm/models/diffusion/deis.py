@@ -20,6 +20,12 @@ SPACES: dict[str, Callable[[Point], float]] = {
 NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
+def _known(space: str) -> str:
+    if space not in SPACES:
+        raise ValueError(f"space={space!r} is unknown; choose one of {sorted(SPACES)}")
+    return space
+
+
 class DEISRule:
     """x_t / α_t = x_s / α_s + ∫ ε dρ over ρ = σ / α, with ε a polynomial through the last predictions.
 
@@ -36,9 +42,7 @@ class DEISRule:
     predict_x0 = False
 
     def __init__(self, noise_schedule: NoiseScheduleVP, space: str = "t") -> None:
-        if space not in SPACES:
-            raise ValueError(f"space={space!r} is unknown; choose one of {sorted(SPACES)}")
-        self.noise_schedule, self.space = noise_schedule, space
+        self.noise_schedule, self.space = noise_schedule, _known(space)
 
     def predictor(self, points: Sequence[Point]) -> Step:
         """The step: integrals of the Lagrange polynomials of the times at its start and before."""
@@ -93,9 +97,7 @@ class DEISSampler(SolverSampler):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, schedule, device, order, lower_order_final, **kwargs)
-        if space not in SPACES:
-            raise ValueError(f"space={space!r} is unknown; choose one of {sorted(SPACES)}")
-        self.space = space
+        self.space = _known(space)
 
     def _begin(self) -> None:
         self.rule = DEISRule(self.noise_schedule, self.space)

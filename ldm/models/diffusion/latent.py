@@ -11,7 +11,6 @@ from einops import repeat
 from omegaconf import ListConfig
 from torch import Tensor, nn
 
-from ldm.inference import CLASS_KEYS
 from ldm.lora import train_lora
 from ldm.models.autoencoder import AutoencoderKL, IdentityFirstStage
 from ldm.models.default import buildable
@@ -22,14 +21,15 @@ from ldm.models.diffusion.ddim import DDIMSampler
 from ldm.models.diffusion.flow import FlowSampler
 from ldm.models.diffusion.latent_cache import LatentCache
 from ldm.models.diffusion.pixel import adamw
+from ldm.models.diffusion.wrapper import CLASS_KEYS, TEXT_KEYS
 from ldm.models.notebook import NotebookCalls
 from ldm.modules.diffusionmodules.util import extract_into_tensor
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution, normal_kl
+from ldm.modules.distributions.distributions import likeliest, normal_kl
 from ldm.util import isimage, ismap, log_txt_as_img, mean_flat
 from taming.lr_scheduler import multipliers
 from taming.util import freeze, instantiate_from_config
 
-TEXT_KEYS = ("caption", "txt", "coordinates_bbox")
+TAKEN_AS_THEY_ARE = (*TEXT_KEYS, "coordinates_bbox")  # entries of a batch
 RESTORE_OPTIONS = {"ckpt_path": None, "ignore_keys": (), "reset_ema": False, "reset_num_ema_updates": False}
 
 
@@ -171,8 +171,7 @@ class LatentDiffusion(Adapted, NotebookCalls):
         encode = getattr(self.cond_stage_model, "encode", None)
         if not callable(encode):
             return self.cond_stage_model(c)
-        encoded = encode(c)
-        return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
+        return likeliest(encode(c))
 
     @torch.no_grad()
     def get_unconditional_conditioning(self, batch_size: int, null_label: Any = None) -> Any:
@@ -207,7 +206,7 @@ class LatentDiffusion(Adapted, NotebookCalls):
             return x
         if key in CLASS_KEYS:
             return batch  # the class encoder looks its own key up
-        if key in TEXT_KEYS:
+        if key in TAKEN_AS_THEY_ARE:
             return batch[key]
         return super().get_input(batch, key).to(self.device)
 
@@ -432,11 +431,11 @@ class LatentDiffusion(Adapted, NotebookCalls):
         if self.model.conditioning_key is None:
             return {}
         decode = getattr(self.cond_stage_model, "decode", None)
-        size = (x.shape[2], x.shape[3])
+        size = (x.shape[3], x.shape[2])
         font = max(10, x.shape[2] // 25)
-        if callable(decode) and self.cond_stage_key not in TEXT_KEYS:
+        if callable(decode) and self.cond_stage_key not in TAKEN_AS_THEY_ARE:
             return {"conditioning": decode(c["c_crossattn"][0] if isinstance(c, Mapping) else c)}
-        if self.cond_stage_key in ("caption", "txt"):
+        if self.cond_stage_key in TEXT_KEYS:
             return {"conditioning": log_txt_as_img(size, batch[self.cond_stage_key][:n], size=font)}
         if self.cond_stage_key in CLASS_KEYS:
             named = "human_label" in batch
@@ -449,7 +448,7 @@ class LatentDiffusion(Adapted, NotebookCalls):
 
     def next_steps(self, logdir: str) -> str:
         """What to do with the trained model, for the end of a training run."""
-        if self.cond_stage_key in ("caption", "txt"):
+        if self.cond_stage_key in TEXT_KEYS:
             return f'  sample       python scripts/txt2img.py --ckpt {logdir} --prompt "…"'
         return f"  notebook     ldm.models.LatentDiffusion.from_pretrained({logdir!r}), then its generate() or sample(condition=…)"
 

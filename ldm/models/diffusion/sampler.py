@@ -26,7 +26,6 @@ from ldm.models.diffusion.sampling_util import (
     trailing_timesteps,
 )
 from ldm.modules.diffusionmodules.util import (
-    extract_into_tensor,
     make_ddim_sampling_parameters,
     make_ddim_timesteps,
 )
@@ -226,14 +225,8 @@ class LatentSampler:
         out = self.guided(x, t, c, scale, uncond, guidance_rescale)
         if score_corrector is not None:
             return self._modified(score_corrector, out, x, t, c, corrector_kwargs), None
-        if model.parameterization == "v":
-            return model.predict_eps_from_z_and_v(x, t, out), model.predict_start_from_z_and_v(x, t, out)
-        if model.parameterization == "x0" and not self.x0_as_eps:
-            signal, noise = (
-                extract_into_tensor(a, t, x.shape)
-                for a in (model.sqrt_alphas_cumprod, model.sqrt_one_minus_alphas_cumprod)
-            )
-            return (x - signal * out) / noise, out
+        if model.parameterization == "v" or (model.parameterization == "x0" and not self.x0_as_eps):
+            return model.predict_noise(x, t, out), model.predict_start(x, t, out)
         return out, None
 
     def _modified(self, corrector: Any, eps: Tensor, x: Tensor, t: Tensor, c: Any, kwargs: Any) -> Tensor:

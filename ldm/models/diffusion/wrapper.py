@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from ldm.modules.prompt_cache import once
 from taming.util import instantiate_from_config, nearest
 
+# entries of a batch that hold conditions: texts, and numbers of classes
+TEXT_KEYS = ("caption", "txt")
+CLASS_KEYS = ("class_label", "cls")
+
 
 class Route(NamedTuple):
     """Where a condition enters the network: joined to the input's channels, as context, as labels."""

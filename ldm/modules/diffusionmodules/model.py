@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.attention import CrossAttention
-from ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from ldm.modules.distributions.distributions import likeliest
 from taming.modules.diffusionmodules.blocks import (
     ATTENTION_TYPES,
     AttnBlock,
@@ -272,8 +272,7 @@ class FirstStagePostProcessor(nn.Module):
     @torch.no_grad()
     def encode_with_pretrained(self, x: Tensor) -> Tensor:
         """Latents of images, the posterior's mode where there is a posterior."""
-        code = self.pretrained_model.encode(x)
-        return code.mode() if isinstance(code, DiagonalGaussianDistribution) else code
+        return likeliest(self.pretrained_model.encode(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (b, c, h, w) → features (b, d, h', w'), or (b, h'·w', d) if so configured."""

@@ -18,7 +18,7 @@ from taming.util import instantiate_from_config
 
 __all__ = [
     "CheckpointFunction", "GroupNorm32", "HybridConditioner", "SiLU", "avg_pool_nd", "betas_for_alpha_bar", "checkpoint", "conv_nd",
-    "extract_into_tensor", "linear", "make_beta_schedule", "make_ddim_sampling_parameters", "make_ddim_timesteps", "mean_flat",
+    "drop_rows", "extract_into_tensor", "linear", "make_beta_schedule", "make_ddim_sampling_parameters", "make_ddim_timesteps", "mean_flat",
     "noise_like", "normalization", "scale_module", "timestep_embedding", "zero_module",
 ]  # fmt: skip
 
@@ -128,6 +128,12 @@ def make_ddim_sampling_parameters(
 def extract_into_tensor(a: Tensor, t: Tensor, x_shape: Sequence[int]) -> Tensor:
     """Entries `a[t]`, shaped (b, 1, …, 1) to multiply something of shape `x_shape`."""
     return a.gather(-1, t).reshape(t.shape[0], *((1,) * (len(x_shape) - 1)))
+
+
+def drop_rows(x: Tensor, rate: float) -> Tensor:
+    """(b, …) with each of its b rows zero with probability `rate`, as guidance without a classifier trains (Ho & Salimans 2022)."""
+    kept = torch.bernoulli(torch.full((len(x),), 1.0 - rate, device=x.device))
+    return kept.view(-1, *[1] * (x.ndim - 1)) * x
 
 
 def noise_like(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,11 @@ class DiagonalGaussianDistribution:
     def mode(self) -> Tensor:
         """The mean."""
         return self.mean
+
+
+def likeliest(encoded: Any) -> Any:
+    """The mode of a first stage's Gaussian; latents of another kind of first stage as they are."""
+    return encoded.mode() if isinstance(encoded, DiagonalGaussianDistribution) else encoded
 
 
 def normal_kl(

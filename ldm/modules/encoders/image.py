@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ldm.modules.diffusionmodules.openaimodel import Timestep
 from ldm.modules.diffusionmodules.upscaling import ImageConcatWithNoiseAugmentation
+from ldm.modules.diffusionmodules.util import drop_rows
 from ldm.modules.encoders.openclip import OpenCLIPWeights, clip_model
 from taming.checkpoint import CheckpointError, load_data
 
@@ -84,10 +85,7 @@ class ImageEncoder(OpenCLIPWeights):
 
     def dropped(self, z: Tensor) -> Tensor:
         """Vectors (b, …), those of some pictures zero."""
-        if self.ucg_rate == 0.0:
-            return z
-        kept = torch.bernoulli((1.0 - self.ucg_rate) * torch.ones(len(z), device=z.device))
-        return kept.view(-1, *[1] * (z.ndim - 1)) * z
+        return z if self.ucg_rate == 0.0 else drop_rows(z, self.ucg_rate)
 
     def encode(self, image: Any) -> Tensor:
         """As `forward`."""

@@ -142,6 +142,7 @@ class BERTEmbedder(AbstractEncoder):
         embedding_dropout: rate on the embeddings in training.
         tokenizer: "bert" (the published one, from the hub) or "bpe" (CLIP's, needs no download).
         ff_dropout, attn_dropout: rates inside the layers in training.
+        tie_embedding: no head of its own for logits, which conditioning never asks for: fewer weights in a checkpoint.
 
     Raises:
         ValueError: unknown tokenizer.
@@ -161,6 +162,7 @@ class BERTEmbedder(AbstractEncoder):
         tokenizer: str = "bert",
         ff_dropout: float = 0.0,
         attn_dropout: float = 0.0,
+        tie_embedding: bool = False,
     ) -> None:
         super().__init__()
         makers: dict[str, Any] = {"bert": BERTTokenizer, "bpe": partial(BPETokenizer, vocab_size=vocab_size)}
@@ -172,8 +174,9 @@ class BERTEmbedder(AbstractEncoder):
         self.device = device
         layers = Encoder(dim=n_embed, depth=n_layer, ff_dropout=ff_dropout, attn_dropout=attn_dropout)
         self.transformer = TransformerWrapper(
-            num_tokens=vocab_size, max_seq_len=max_seq_len, attn_layers=layers, emb_dropout=embedding_dropout
-        )
+            num_tokens=vocab_size, max_seq_len=max_seq_len, attn_layers=layers, emb_dropout=embedding_dropout,
+            tie_embedding=tie_embedding,
+        )  # fmt: skip
 
     def forward(self, text: Any) -> Tensor:
         """Texts (a string or a list of b strings), or ids (b, n) without a tokenizer → (b, n, n_embed)."""

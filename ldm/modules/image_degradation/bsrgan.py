@@ -123,9 +123,14 @@ def add_blur(img: np.ndarray, sf: int = 4, strength: Strength = FULL) -> np.ndar
     return convolve(img, kernel, "reflect")
 
 
+def _resized(img: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scaled by one of the plain ways."""
+    return np.clip(resize(img, height, width, random.choice(INTERPOLATIONS)), 0, 1)
+
+
 def _scale(img: np.ndarray, factor: float) -> np.ndarray:
     height, width = (max(1, int(n * factor)) for n in img.shape[:2])
-    return np.clip(resize(img, height, width, random.choice(INTERPOLATIONS)), 0, 1)
+    return _resized(img, height, width)
 
 
 def add_resize(img: np.ndarray, sf: int = 4) -> np.ndarray:
@@ -199,8 +204,7 @@ def random_crop(
 def _halve(img: np.ndarray) -> np.ndarray:
     """Half the size, by one of the plain ways or by MATLAB's."""
     if np.random.rand() < 0.5:
-        height, width = (n // 2 for n in img.shape[:2])
-        return np.clip(resize(img, height, width, random.choice(INTERPOLATIONS)), 0, 1)
+        return _resized(img, *(n // 2 for n in img.shape[:2]))
     return np.clip(util.imresize_np(img, 1 / 2), 0, 1)
 
 
@@ -242,7 +246,7 @@ def degrade(
         return small
 
     def final_size(small: np.ndarray) -> np.ndarray:
-        return np.clip(resize(small, height, width, random.choice(INTERPOLATIONS)), 0, 1)
+        return _resized(small, height, width)
 
     def jpeg(small: np.ndarray) -> np.ndarray:
         return add_JPEG_noise(small, strength)
@@ -339,7 +343,7 @@ def degradation_bsrgan_plus(
         _shuffled(steps) if random.random() < shuffle_prob else [*_shuffled(half), jpeg, *_shuffled(half)]
     ):
         small = step(small)
-    small = np.clip(resize(small, height, width, random.choice(INTERPOLATIONS)), 0, 1)
+    small = _resized(small, height, width)
     return random_crop(add_JPEG_noise(small), large, sf, lq_patchsize)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
-from taming.data.images import RESAMPLERS, resize_pixels, separable, tap_matrix
+from taming.data.images import MATRICES, RESAMPLERS, resize_pixels, separable, tap_matrix
 
 MODES = tuple(RESAMPLERS)
 
@@ -38,6 +39,7 @@ def matlab_bicubic(pixels: np.ndarray, scale: float, antialiasing: bool = True) 
     return separable(pixels, rows, columns).astype(pixels.dtype, copy=False)
 
 
+@lru_cache(MATRICES)
 def _cubic(n: int, size: int, scale: float, antialiasing: bool) -> np.ndarray:
     stretch = min(scale, 1.0) if antialiasing else 1.0
     positions = (np.arange(size) + 0.5) / scale - 0.5

@@ -49,7 +49,8 @@ TRANSFORMS: dict[str, tuple[int, str, tuple[list[float], list[float]]]] = {
 
 def _check(model_type: str, known: Mapping[str, Any]) -> None:
     if model_type not in known:
-        raise AssertionError(f"model_type={model_type!r} is unknown; choose one of {list(known)}")
+        why = "has a transform here, but no network" if model_type in TRANSFORMS else "is unknown"
+        raise AssertionError(f"model_type={model_type!r} {why}; choose one of {list(known)}")
 
 
 def load_midas_transform(model_type: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -95,7 +96,7 @@ def load_model(model_type: str) -> tuple[DPTDepthModel, Callable[[dict[str, Any]
     """A depth network with its published weights, in eval mode, and its transform.
 
     Raises:
-        AssertionError: an unknown type.
+        AssertionError: an unknown type, or one of MiDaS 2.1's convolutional networks, which no published model uses.
         OSError: the weights are neither there nor can they be fetched.
     """
     model = build(model_type)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taming.modules.discriminator.model import NLayerDiscriminator, weights_init
-from taming.modules.losses.lpips import LPIPS
+from taming.modules.losses.lpips import LPIPS, WithoutLPIPS
 from taming.util import nearest
 
 
@@ -43,7 +43,7 @@ class AdversarialLoss(nn.Module):
         disc_num_layers, disc_in_channels, disc_ndf, use_actnorm: of the `NLayerDiscriminator`.
         disc_factor: weight of both adversarial terms, after `disc_start`.
         disc_weight: multiplies the adaptive weight of the generator's term.
-        perceptual_weight: weight of LPIPS beside the pixel distance.
+        perceptual_weight: weight of LPIPS beside the pixel distance; with 0 its network is neither built nor fetched.
         disc_conditional: the discriminator also sees a condition, concatenated to the channels.
         disc_loss: "hinge" or "vanilla".
         discriminator: another one, instead of the `NLayerDiscriminator`.
@@ -72,7 +72,7 @@ class AdversarialLoss(nn.Module):
             raise AssertionError(
                 f"disc_loss={disc_loss!r} is unknown. {nearest(disc_loss, DISCRIMINATOR_LOSSES)}"
             )
-        self.perceptual_loss = LPIPS()
+        self.perceptual_loss = LPIPS() if perceptual_weight > 0 else WithoutLPIPS()
         self.perceptual_weight = perceptual_weight
         if discriminator is None:
             discriminator = NLayerDiscriminator(disc_in_channels, disc_ndf, disc_num_layers, use_actnorm)

@@ -103,6 +103,23 @@ class LPIPS(nn.Module):
         return distance
 
 
+class WithoutLPIPS(nn.Module):
+    """In the place of LPIPS where its weight is 0: has no weights, and takes none of a checkpoint that holds them."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        pass  # names below this module's are neither missing nor left over
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """No distance.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "perceptual_weight was 0 when this loss was built, so it has no LPIPS; build it with another weight"
+        )
+
+
 class ScalingLayer(nn.Module):
     """From [-1, 1] to the statistics VGG-16 was trained with."""
 

@@ -1,5 +1,6 @@
 """The short calls of a notebook: `from ldm.models import LatentDiffusion`."""
 
+import inspect
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from ldm.lr_scheduler import get_scheduler
 from ldm.models import LatentDiffusion
 from ldm.models.diffusion import ddpm
 from ldm.models.diffusion.ddim import DDIMSampler
+from ldm.models.diffusion.latent_space import LatentSpace
 from ldm.models.diffusion.plms import PLMSSampler
 from taming.modules.ema import LitEma
 from taming.util import ConfigError, instantiate_from_config
@@ -400,3 +402,19 @@ def test_plms_is_refused_noise_in_a_sentence(text_model):
     assert PLMSSampler is inference.SAMPLERS["plms"]
     with pytest.raises(ValueError, match="must be 0 for PLMS"):
         text_model.generate("a", 2, sampler="plms", eta=0.5)
+
+
+def test_the_short_call_keeps_the_published_signature_and_explains_itself():
+    published = inspect.signature(LatentSpace.sample)
+    assert inspect.signature(LatentDiffusion.sample) == published
+    assert "guidance_scale=7.5" in LatentDiffusion.sample.__doc__
+    assert LatentDiffusion.sample.__qualname__ == "NotebookCalls.sample"
+
+
+def test_the_negative_prompt_is_encoded_once_for_all_pictures(text_model, monkeypatch):
+    asked, encode = [], text_model.cond_stage_model.encode
+    monkeypatch.setattr(
+        text_model.cond_stage_model, "encode", lambda texts: (asked.append(list(texts)), encode(texts))[1]
+    )
+    text_model.generate("a", num_steps=1, num_images=3, negative_prompt="b", progress=False)
+    assert asked == [["a"], ["b"]]

@@ -3,9 +3,10 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldm.models.autoencoder import AutoencoderKL, VQModelInterface
-from ldm.models.tiling import Tiling, _shared_statistics, _shrunk, tile_starts
+from ldm.models.tiling import Tiling, _scale_and_shift, _shared_statistics, _shrunk, tile_starts
 
 DDCONFIG = {
     "double_z": True, "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2, 1],
@@ -152,3 +153,23 @@ def test_neighbouring_tiles_agree_where_they_overlap():
     with _shared_statistics(decoder, _shrunk(z, 48, 1)):
         assert differences() < 1e-4
     assert not any("forward" in vars(m) for m in decoder.modules())  # as they were
+
+
+class Apple(torch.Tensor):
+    """A tensor that says it is on an Apple GPU, which refuses float64."""
+
+    device = property(lambda self: torch.device("mps"))
+
+
+class NoDouble(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (isinstance(out, torch.Tensor) and out.dtype == torch.float64), "MPS has no float64"
+        return out
+
+
+def test_group_norms_by_strips_need_no_float64_on_an_apple_gpu():
+    norm, x = nn.GroupNorm(4, 8), torch.randn(2, 8, 12, 10) + 3
+    with NoDouble():
+        factor, shift = _scale_and_shift(x.as_subclass(Apple), norm, pixels=30)
+    assert torch.allclose(torch.Tensor(x * factor + shift), norm(x), atol=1e-5)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from taming.data import images
 from taming.data.images import (
     BrokenImageError,
     ImageSizeError,
@@ -192,3 +193,14 @@ def test_stored_numbers_and_arrays_say_what_is_wrong_with_their_file(tmp_path):
     np.save(tmp_path / "odd.npy", np.zeros((2, 3, 4, 4), np.uint8))
     with pytest.raises(BrokenImageError, match=r"odd\.npy.*\(2, 3, 4, 4\) of uint8"):
         open_array(tmp_path / "odd.npy")
+
+
+@pytest.mark.parametrize("mode, matrix", [("area", images._area_matrix), ("lanczos", images._lanczos_matrix)])
+def test_pictures_of_one_size_share_the_matrices_that_scale_them(mode, matrix):
+    matrix.cache_clear()
+    first, second = (
+        resize_pixels(np.full((9, 7, 3), value), 4, 5 if mode == "lanczos" else 3, mode)
+        for value in (0.25, 0.5)
+    )
+    assert np.allclose(first, 0.25) and np.allclose(second, 0.5)
+    assert (matrix.cache_info().misses, matrix.cache_info().hits) == (2, 2)

@@ -51,3 +51,28 @@ def test_the_scope_restores_the_live_weights_even_after_an_error():
 def test_a_decay_outside_zero_and_one_is_refused(decay):
     with pytest.raises(ValueError, match="between 0 and 1"):
         LitEma(nn.Linear(1, 1), decay=decay)
+
+
+def test_weights_without_averages_are_drawn_with_as_they_are_and_the_average_begins_with_them():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+            self.model_ema = LitEma(self.net)
+
+    model, pruned = Model(), nn.Linear(2, 2).state_dict()
+    model.load_state_dict({f"net.{name}": value for name, value in pruned.items()}, strict=False)
+    with ema_scope(model.model_ema, model.net):
+        assert torch.equal(model.net.weight, pruned["weight"])
+    model.model_ema(model.net)
+    assert torch.equal(model.model_ema.weight, pruned["weight"])
+
+
+def test_weights_loaded_later_without_averages_do_not_void_those_that_are_there():
+    net = nn.Linear(2, 2)
+    ema = LitEma(net)
+    averages = {name: torch.full_like(value, 3) for name, value in ema.state_dict().items()}
+    ema.load_state_dict(averages)
+    ema.load_state_dict({}, strict=False)
+    with ema_scope(ema, net):
+        assert torch.all(net.weight == 3.0)

@@ -268,3 +268,10 @@ def test_the_door_to_the_published_names_stays_open():
     for name in ("q_sample", "p_losses", "apply_model", "get_learned_conditioning", "decode_first_stage", "encode_first_stage",
                  "differentiable_decode_first_stage", "progressive_denoising", "p_sample_loop", "sample_log", "ema_scope", "to_rgb"):  # fmt: skip
         assert callable(getattr(LatentDiffusion, name))
+
+
+def test_pictures_of_conditions_are_as_wide_and_as_high_as_the_images(text_model):
+    log = text_model.eval()._condition_pictures(
+        {"caption": ["a", "b"]}, None, torch.zeros(2, 3, 16, 48), None, 2
+    )
+    assert log["conditioning"].shape == (2, 3, 16, 48)

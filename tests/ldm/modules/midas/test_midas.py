@@ -175,3 +175,12 @@ def test_a_flat_depth_map_is_black_and_others_use_the_whole_range(tmp_path):
     utils.write_depth(tmp_path / "ramp", np.linspace(-3, 5, 6, dtype=np.float32).reshape(2, 3), bits=2)
     pixels = np.asarray(Image.open(tmp_path / "ramp.png"))
     assert pixels.min() == 0 and pixels.max() == 65535
+
+
+def test_networks_whose_transforms_alone_are_here_are_named():
+    with pytest.raises(
+        AssertionError, match="'midas_v21' has a transform here, but no network; choose one of"
+    ):
+        api.load_model("midas_v21")
+    with pytest.raises(AssertionError, match="'midas_v22' is unknown; choose one of"):
+        api.load_model("midas_v22")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from taming.modules.losses.adversarial import AdversarialLoss
 from taming.modules.losses.lpips import LPIPS, normalize_tensor
 
 
@@ -66,3 +67,22 @@ def test_features_are_scaled_to_unit_length_with_the_epsilon_outside_the_root():
     assert float(normalize_tensor(x)[0, 0]) == pytest.approx(0.5)  # 1e-10 / (1e-10 + 1e-10)
     with pytest.raises(NotImplementedError, match="Did you mean 'vgg_lpips'"):
         LPIPS.from_pretrained("vgg_lpip")
+
+
+def test_a_loss_without_its_weight_neither_builds_nor_fetches_it_but_takes_checkpoints_that_hold_it(
+    random_vgg, monkeypatch
+):
+    options = {"disc_start": 0, "disc_ndf": 8, "disc_num_layers": 1}
+    published = AdversarialLoss(**options, perceptual_weight=1.0).state_dict()
+    assert any(name.startswith("perceptual_loss.net.") for name in published)
+    monkeypatch.setattr("taming.modules.losses.lpips.vgg16", None)  # calling it would be an error
+    loss = AdversarialLoss(**options, perceptual_weight=0.0)
+    assert {name.split(".")[0] for name in loss.state_dict()} == {"discriminator"}
+    loss.load_state_dict(published, strict=True)
+    judged = {name: value for name, value in published.items() if name.startswith("discriminator.")}
+    assert all(torch.equal(value, judged[name]) for name, value in loss.state_dict().items())
+    x = torch.rand(2, 3, 32, 32)
+    assert loss.perceptual(x, x).tolist() == [0]
+    loss.perceptual_weight = 1.0
+    with pytest.raises(RuntimeError, match="perceptual_weight was 0 when this loss was built"):
+        loss.perceptual(x, x)

@@ -62,7 +62,7 @@ def places(model: nn.Module) -> list[Place]:
 
 
 def _networks(model: nn.Module) -> Iterator[Network]:
-    known = [n for n in networks(model) if n.part != "vae"]
+    known = [n for n in networks(model) if n.part not in ("vae", "image_encoder")]
     yield from known
     encoder = getattr(model, "cond_stage_model", None)
     if isinstance(encoder, nn.Module) and all(n.part == "unet" for n in known):

@@ -19,6 +19,7 @@ from taming.checkpoint import CheckpointError, Weights
 CHECKOUT = Path(__file__).resolve().parents[1]
 UNET = "model.diffusion_model."
 SD = "configs/stable-diffusion/"
+SAMPLING = "scripts/sampling/configs/"
 FIRST_STAGES = "models/first_stage_models/"
 
 
@@ -31,6 +32,8 @@ class Traits(NamedTuple):
     labels: int | None = None  # number of its labels
     width: int | None = None  # of its first layer
     frames: bool = False  # layers over time
+    views: bool = False  # layers over moments and views, as SV4D's
+    motion: bool = False  # a share of its own for the moments
     decoder_frames: bool = False  # in the first stage's decoder
     layout: str | None = None  # "ldm", "sgm", or None for a first stage alone
     latent: int | None = None  # channels, of a first stage alone
@@ -43,7 +46,7 @@ class Known(NamedTuple):
     """A published model."""
 
     name: str
-    config: str
+    config: str | None  # None: none was published in the originals' form
     traits: Mapping[str, Any]
     # the same names and shapes, but the network predicts v
     twin: str | None = None
@@ -64,6 +67,8 @@ _V1: dict[str, Any] = {"layout": "ldm", "context": 768, "vector": None, "width":
 _V2: dict[str, Any] = {**_V1, "context": 1024, "labels": None}
 _SGM: dict[str, Any] = {"layout": "sgm", "frames": False}
 _VIDEO: dict[str, Any] = {"layout": "sgm", "frames": True, "channels": 8}
+_VIEWS: dict[str, Any] = {"layout": "sgm", "views": True, "channels": 8, "vector": 1280}
+_VQGAN: dict[str, Any] = {"layout": None, "latent": 256, "levels": 5}
 
 MODELS = (
     Known("Stable Diffusion 1", f"{SD}v1-inference.yaml", {**_V1, "channels": 4}),
@@ -79,6 +84,7 @@ MODELS = (
         twin="configs/inference/sd_2_1_768.yaml",
     ),
     Known("Stable Diffusion XL, base", "configs/inference/sd_xl_base.yaml", {**_SGM, "channels": 4, "vector": 2816, "context": 2048}),
+    Known("Stable Diffusion XL, inpainting", None, {**_SGM, "channels": 9, "vector": 2816, "context": 2048}),
     Known("Stable Diffusion XL, refiner", "configs/inference/sd_xl_refiner.yaml", {**_SGM, "channels": 4, "vector": 2560, "context": 1280}),
     Known("Stable Video Diffusion", "configs/inference/svd.yaml", {**_VIDEO, "vector": 768, "decoder_frames": True}),
     Known(
@@ -87,6 +93,9 @@ MODELS = (
     ),
     Known("SV3D-u", "configs/inference/sv3d_u.yaml", {**_VIDEO, "vector": 256}),
     Known("SV3D-p", "configs/inference/sv3d_p.yaml", {**_VIDEO, "vector": 1280}),
+    Known("SV4D", f"{SAMPLING}sv4d.yaml", {**_VIEWS, "motion": False}),
+    # the model of eight views has the same names and shapes
+    Known("SV4D 2.0", f"{SAMPLING}sv4d2.yaml", {**_VIEWS, "motion": True}),
     Known("LDM text-to-image", "configs/latent-diffusion/txt2img-1p4B-eval.yaml", {"layout": "ldm", "channels": 4, "context": 1280, "width": 320}),
     _kl("autoencoder_kl_64x64x3", 3, 3),
     _kl("autoencoder_kl_32x32x4", 4, 4),
@@ -97,7 +106,8 @@ MODELS = (
     _vq("vq-f8", 4, 4, 16384),
     _vq("vq-f8-n256", 4, 4, 256),
     _vq("vq-f16", 8, 5, 16384),
-    Known("VQGAN", "configs/imagenet_vqgan.yaml", {"layout": None, "latent": 256, "levels": 5, "codes": 1024}),
+    Known("VQGAN", "configs/imagenet_vqgan.yaml", {**_VQGAN, "codes": 1024}),
+    Known("VQGAN of 16384 codes", "configs/imagenet_vqgan_16384.yaml", {**_VQGAN, "codes": 16384}),
 )  # fmt: skip
 
 
@@ -143,6 +153,8 @@ def traits_of(shapes: Mapping[str, Sequence[int]]) -> Traits:
         vector=size(rf"{unet}label_emb\.0\.0\.weight", 1),
         labels=size(rf"{unet}label_emb\.weight", 0),
         frames=has(lambda k: k.startswith(UNET) and ".time_stack." in k),
+        views=has(lambda k: k.startswith(UNET) and ".time_mix_blocks." in k),
+        motion=has(lambda k: k.startswith(UNET) and ".time_mixer_motion." in k),
         decoder_frames=has(lambda k: k.startswith("first_stage_model.decoder.") and "time_" in k),
         layout="sgm" if sgm else "ldm",
     )
@@ -155,7 +167,7 @@ def recognise(weights: Weights | Mapping[str, Tensor]) -> Recognised:
         weights: of a file, of which names, shapes and notes are read, or tensors.
 
     Raises:
-        CheckpointError: they are of none; the message says what they look like.
+        CheckpointError: they are of none, and the message says what they look like; or of one without a configuration.
     """
     lazily = weights if isinstance(weights, Weights) else None
     traits = traits_of(lazily.shapes if lazily else {k: tuple(v.shape) for k, v in weights.items()})
@@ -167,6 +179,10 @@ def recognise(weights: Weights | Mapping[str, Tensor]) -> Recognised:
             "configuration (--config configs/….yaml)"
         )
     model = found[0]
+    if model.config is None:
+        raise CheckpointError(
+            f"the weights are those of {model.name}, of which no configuration was published; name their own (--config ….yaml)"
+        )
     predicts_v = _note_on_v(lazily.metadata) if lazily and model.twin else None
     if predicts_v is None:
         return Recognised(model.name, model.config, model.twin)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ldm import conversion
 from ldm.inference import forget_starting_points
 from ldm.recognition import published_config, recognise
-from taming.checkpoint import averaged_weights, build_empty, find_run, load_state_dict, save_safetensors
+from taming.checkpoint import Weights, averaged_weights, build_empty, find_run, load_state_dict, save_shards
 from taming.util import instantiate_from_config
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,10 +57,16 @@ def get_parser() -> argparse.ArgumentParser:
         "--ema", action="store_true", help="take the moving averages instead of the live weights"
     )
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), default="keep", help="type of the floating-point weights"
+        "--dtype",
+        choices=sorted(DTYPES),
+        default="keep",
+        help="type of the networks' weights; tables of noise levels keep theirs",
     )
     parser.add_argument(
         "--drop", nargs="*", default=[], metavar="PREFIX", help="leave out entries that begin so, e.g. loss."
+    )
+    parser.add_argument(
+        "--max_size", type=float, metavar="MB", help="split larger weights into several files, with an index"
     )
     parser.add_argument(
         "--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="notes to store in the file"
@@ -81,6 +87,8 @@ def settle(opt: argparse.Namespace) -> None:
         raise ValueError(f"--to diffusers writes a folder, and {opt.dst} is the name of a file")
     if opt.to != "diffusers" and suffix != ".safetensors":
         raise ValueError(f"{opt.dst} must end in .safetensors, or name a folder for --to diffusers")
+    if opt.max_size is not None and (opt.to == "diffusers" or opt.max_size <= 0):
+        raise ValueError(f"--max_size {opt.max_size:g} splits .safetensors files, and must be above 0 MB")
     if wrong := [m for m in opt.metadata if "=" not in m]:
         raise ValueError(f"--metadata {wrong[0]}: write KEY=VALUE")
 
@@ -102,9 +110,23 @@ def read(opt: argparse.Namespace) -> tuple[dict[str, Tensor], Any]:
     weights = load_state_dict(source)
     if opt.to != "diffusers":
         return weights, None
-    files = [opt.config] if opt.config else beside
-    config = OmegaConf.load(files[0] if files else published_config(recognise(weights).config))
-    return weights, empty_model(config)
+    files = [opt.config] if opt.config else beside or [configuration_of(source)]
+    return weights, empty_model(OmegaConf.load(files[0]))
+
+
+def configuration_of(source: Path) -> Path:
+    """The configuration of the published model that a file is recognised as.
+
+    Raises:
+        ValueError: the weights do not tell which of two it is.
+    """
+    found = recognise(Weights(source))
+    if found.twin is not None:
+        raise ValueError(
+            f"{source} is {found.name}, and its weights do not say whether it predicts ε or v: name --config {found.config} "
+            f"or --config {found.twin}"
+        )
+    return published_config(found.config)
 
 
 def is_pipeline(src: str) -> bool:
@@ -129,9 +151,7 @@ def choose(weights: dict[str, Tensor], opt: argparse.Namespace) -> dict[str, Ten
     if opt.ema:
         weights = averaged_weights(weights)
     weights = {k: v for k, v in weights.items() if not k.startswith(("model_ema.", *opt.drop))}
-    if (dtype := DTYPES[opt.dtype]) is not None:
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-    return weights
+    return conversion.cast(weights, DTYPES[opt.dtype])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,8 +165,10 @@ def main(argv: list[str] | None = None) -> int:
             parts = conversion.write_pipeline(model, opt.dst, weights)
             written = f"{', '.join(parts)}, {sum(f.stat().st_size for f in Path(opt.dst).rglob('*') if f.is_file()) / 1e6:.2f} MB"
         else:
-            save_safetensors(weights, opt.dst, dict(m.split("=", 1) for m in opt.metadata))
-            written = f"{len(weights)} tensors, {Path(opt.dst).stat().st_size / 1e6:.2f} MB"
+            largest = sys.maxsize if opt.max_size is None else int(opt.max_size * 1e6)
+            files = save_shards(weights, opt.dst, largest, dict(m.split("=", 1) for m in opt.metadata))
+            total = sum(file.stat().st_size for file in files) / 1e6
+            written = f"{len(weights)} tensors in {len(files)} {'file' if len(files) == 1 else 'files'}, {total:.2f} MB"
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""`AutoencoderKL` and `VQModel` ⇄ diffusers' classes of these names."""
+"""`AutoencoderKL`, `VQModel` and decoders of video ⇄ diffusers' `AutoencoderKL`, `VQModel` and `AutoencoderKLTemporalDecoder`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from ldm.conversion.table import KeyTable, inner_rows
+from ldm.conversion.table import KeyTable, blended, inner_rows
+from ldm.conversion.unet import RES_BLOCK as TIME_BLOCK
 from taming.modules.diffusionmodules.blocks import AttnBlock, ResnetBlock
 
 RES_BLOCK = {"nin_shortcut": "conv_shortcut"}
+# in a block that also looks at other frames all layers have a name before theirs, and the share of the two one of its own
+FRAMES_BLOCK = blended({n: RES_BLOCK.get(n, n) for n in ("norm1", "conv1", "norm2", "conv2", "nin_shortcut")}, TIME_BLOCK) | {"": "time_mixer"}  # fmt: skip
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 PROJECTIONS = ("q", "k", "v", "proj_out")  # 1×1 convolutions here, linear layers there
 # what diffusers called these layers in the files of its first years
 OLD_SPELLINGS = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+OVER_FRAMES = "time_mix_conv"  # the second half of a video decoder's last layer
 WHOLE = ("quant_conv", "post_quant_conv", "quantize")
 
 
@@ -24,7 +28,7 @@ def autoencoder_table(autoencoder: nn.Module) -> KeyTable:
     Its loss and its averages have no place there.
 
     Args:
-        autoencoder: `AutoencoderKL` or `VQModel`, on any device.
+        autoencoder: `AutoencoderKL` or `VQModel`, or the first stage of a pipeline of video, on any device.
 
     Raises:
         ValueError: attention of a kind that diffusers' classes do not have.
@@ -38,8 +42,15 @@ def autoencoder_table(autoencoder: nn.Module) -> KeyTable:
                 f"{ours} is a {type(layer).__name__}: diffusers' autoencoders have attn_type 'vanilla' or 'none' only"
             )
         else:
-            renamed = RES_BLOCK if isinstance(layer, ResnetBlock) else {}
-            rows += inner_rows(layer.state_dict(), ours, theirs, renamed)
+            renamed = (
+                {}
+                if not isinstance(layer, ResnetBlock)
+                else FRAMES_BLOCK
+                if hasattr(layer, "time_stack")
+                else RES_BLOCK
+            )
+            names = [n for n in layer.state_dict() if not n.startswith(f"{OVER_FRAMES}.")]
+            rows += inner_rows(names, ours, theirs, renamed)
     return KeyTable(tuple(rows), unpaired=("loss.", "model_ema."), spell=_present_spelling)
 
 
@@ -62,6 +73,8 @@ def _layers(autoencoder: Any) -> Iterator[tuple[str, str, nn.Module]]:
         network, way = getattr(autoencoder, half), "down" if half == "encoder" else "up"
         for name, there in (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out")):
             yield f"{half}.{name}", f"{half}.{there}", getattr(network, name)
+        if hasattr(network.conv_out, OVER_FRAMES):
+            yield f"{half}.conv_out.{OVER_FRAMES}", f"{half}.time_conv_out", network.conv_out.time_mix_conv
         for name, there in (
             ("block_1", "resnets.0"),
             ("attn_1", "attentions.0"),
@@ -129,7 +142,8 @@ def autoencoder_module_config(autoencoder: Any, scale_factor: float = 0.18215) -
     sizes = [encoder.resolution // 2**i for i in range(encoder.num_resolutions)]
     attends = {size for size, level in zip(sizes, encoder.down, strict=True) if len(level.attn)}
     middle = isinstance(encoder.mid.attn_1, AttnBlock)
-    z = autoencoder.post_quant_conv.weight.shape[0]
+    z = decoder.conv_in.in_channels
+    after = getattr(autoencoder, "post_quant_conv", None)
     quantize = getattr(autoencoder, "quantize", None)
     ddconfig = {
         "in_channels": encoder.conv_in.in_channels, "out_ch": decoder.conv_out.out_channels, "ch": encoder.ch,
@@ -137,7 +151,7 @@ def autoencoder_module_config(autoencoder: Any, scale_factor: float = 0.18215) -
         "num_res_blocks": encoder.num_res_blocks, "attn_resolutions": attends, "resolution": encoder.resolution,
         "z_channels": z, "attn_type": "vanilla" if middle else "none", "tanh_out": decoder.tanh_out,
     }  # fmt: skip
-    params = {"ddconfig": ddconfig, "embed_dim": autoencoder.post_quant_conv.weight.shape[1]}
+    params = {"ddconfig": ddconfig, "embed_dim": z if after is None else after.weight.shape[1]}
     if quantize is not None:
         params["n_embed"] = len(quantize.embedding.weight)
     return autoencoder_config(params, scale_factor)

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ldm.conversion.autoencoder import autoencoder_table
+from ldm.conversion.picture import is_openclip_picture, picture_table
 from ldm.conversion.table import KeyTable
 from ldm.conversion.text import clip_table, openclip_table
-from ldm.conversion.unet import unet_table
+from ldm.conversion.unet import looks_at_frames, unet_table
+from ldm.conversion.video import VideoFirstStage
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.encoders.clip import CLIPTextModel
 from taming.util import nearest
@@ -19,9 +21,29 @@ from taming.util import nearest
 class Network(NamedTuple):
     """A part of a model that the other libraries have, too."""
 
-    part: str  # its folder in a pipeline: unet, vae, text_encoder, text_encoder_2
+    part: str  # its folder in a pipeline: unet, vae, text_encoder, text_encoder_2, image_encoder
     path: str  # where it stands in the model, "" for the model itself
     module: nn.Module
+    elsewhere: Mapping[str, str] = {}  # where its own parts stand, if they do not stand together
+
+    @property
+    def prefixes(self) -> dict[str, str]:
+        """Beginnings of its own names, and what they are in the model."""
+        if self.elsewhere:
+            return {f"{own}.": f"{path}." for own, path in self.elsewhere.items()}
+        return {"": f"{self.path}." if self.path else ""}
+
+    def inside(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its weights under its own names, from those of the model."""
+        places = self.prefixes.items()
+        return {own + k.removeprefix(p): v for own, p in places for k, v in state.items() if k.startswith(p)}
+
+    def outside(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The way back."""
+        places = self.prefixes.items()
+        return {
+            p + k.removeprefix(own): v for own, p in places for k, v in weights.items() if k.startswith(own)
+        }
 
 
 def is_openclip(module: nn.Module) -> bool:
@@ -30,25 +52,54 @@ def is_openclip(module: nn.Module) -> bool:
 
 
 def networks(model: nn.Module) -> Iterator[Network]:
-    """The UNet, the first stage and the text encoders of a model, in this order; the first of each kind, texts all.
+    """The UNet, the first stage, the text encoders and, of a model of video, the picture encoder, in this order; the first
+    of each kind, texts all.
 
     Works for `LatentDiffusion`, for models of the same make with several text encoders, and for one of the networks alone.
     """
-    found: dict[str, list[tuple[str, nn.Module]]] = {"unet": [], "vae": [], "text_encoder": []}
+    found: dict[str, list[tuple[str, nn.Module]]] = {
+        "unet": [],
+        "vae": [],
+        "text_encoder": [],
+        "image_encoder": [],
+    }
     for path, module in model.named_modules():
         if isinstance(module, UNetModel):
             found["unet"].append((path, module))
+        elif is_openclip_picture(module):
+            found["image_encoder"].append((path, module))
         elif isinstance(module, CLIPTextModel) or is_openclip(module):
             found["text_encoder"].append((path, module))
         elif all(hasattr(module, name) for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")):
             found["vae"].append((path, module))
+    video = found["unet"] and looks_at_frames(found["unet"][0][1])
     for part, places in found.items():
+        if part == "vae" and video:
+            yield from _first_stage_of_video(model, places)
+            continue
+        if part == "image_encoder" and not video:
+            continue
         for i, (path, module) in enumerate(places if part == "text_encoder" else places[:1]):
             yield Network(part if i == 0 else f"{part}_{i + 1}", path, module)
 
 
+def _first_stage_of_video(model: Any, autoencoders: list[tuple[str, nn.Module]]) -> Iterator[Network]:
+    """The encoder of the picture that a clip continues, and the decoder of the clip."""
+    first_stage = getattr(model, "first_stage_model", None)
+    condition = next((p for p in autoencoders if p[1] is not first_stage), None)
+    if first_stage is None or condition is None:
+        return
+    path, module = condition
+    halves = VideoFirstStage(module, first_stage)
+    places = {
+        name: f"{path}.{name}" if name in ("encoder", "quant_conv") else f"first_stage_model.{name}"
+        for name, _ in halves.named_children()
+    }
+    yield Network("vae", "", halves, places)
+
+
 def network_table(module: nn.Module, **options: Any) -> KeyTable:
-    """The table for a network: a UNet, a first stage or a text transformer.
+    """The table for a network: a UNet, a first stage, a text transformer or a picture tower.
 
     Args:
         module: the network.
@@ -58,6 +109,8 @@ def network_table(module: nn.Module, **options: Any) -> KeyTable:
         return unet_table(module, **options)
     if isinstance(module, CLIPTextModel):
         return clip_table(module, **options)
+    if is_openclip_picture(module):
+        return picture_table(module)
     return (openclip_table if is_openclip(module) else autoencoder_table)(module, **options)
 
 
@@ -79,11 +132,9 @@ def to_diffusers(
     """
     own = model.state_dict() if state is None else state
     converted = {}
-    for part, path, module in networks(model):
-        prefix = f"{path}." if path else ""
-        inside = {k.removeprefix(prefix): v for k, v in own.items() if k.startswith(prefix)}
-        table = network_table(module, **(options or {}).get(part, {}))
-        converted[part] = table.to_diffusers(inside)
+    for network in networks(model):
+        table = network_table(network.module, **(options or {}).get(network.part, {}))
+        converted[network.part] = table.to_diffusers(network.inside(own))
     return converted
 
 
@@ -108,8 +159,6 @@ def from_diffusers(
     for part, weights in parts.items():
         if part not in known:
             raise ValueError(f"{type(model).__name__} has no part {part!r}. {nearest(part, known)}")
-        _, path, module = known[part]
-        table = network_table(module, **(options or {}).get(part, {}))
-        prefix = f"{path}." if path else ""
-        state |= {f"{prefix}{k}": v for k, v in table.from_diffusers(weights).items()}
+        table = network_table(known[part].module, **(options or {}).get(part, {}))
+        state |= known[part].outside(table.from_diffusers(weights))
     return state

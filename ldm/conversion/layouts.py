@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ldm.conversion.pipeline import betas_config, betas_of_sigmas
+from ldm.conversion.schedule import betas_config, betas_of_sigmas
 from ldm.models.diffusion.gaussian import GaussianSchedule
 from ldm.modules.diffusionmodules.util import make_beta_schedule
 
@@ -16,7 +16,9 @@ SHARED = ("model.", "model_ema.", "first_stage_model.")
 SIGMAS = "denoiser.sigmas"
 
 
-class _Schedule(GaussianSchedule, nn.Module):
+class Schedule(GaussianSchedule, nn.Module):
+    """The tables of a noise schedule, without a model around them."""
+
     parameterization = "eps"
     v_posterior = 0.0
 
@@ -59,7 +61,7 @@ def to_ldm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(f"the weights hold no table of noise levels ({SIGMAS}), as ldm's models have")
     renamed = _rename(state, "sgm", "ldm", skip=[SIGMAS])
     start, end, steps = _linear(betas_of_sigmas(state[SIGMAS]))
-    schedule = _Schedule()
+    schedule = Schedule()
     schedule.register_schedule(None, "linear", steps, start, end)
     return {**schedule.state_dict(), **renamed}
 

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from ldm.conversion.autoencoder import autoencoder_module_config
 from ldm.conversion.checkpoint import Network, from_diffusers, is_openclip, networks, to_diffusers
+from ldm.conversion.picture import feature_extractor_config, picture_config
+from ldm.conversion.precision import cast
+from ldm.conversion.schedule import scheduler_config
 from ldm.conversion.text import clip_config, openclip_config
-from ldm.conversion.unet import TIME_IDS_WIDTH, unet_config
+from ldm.conversion.unet import TIME_IDS_WIDTH, looks_at_frames, unet_config
+from ldm.conversion.video import (
+    VideoFirstStage,
+    require_convertible,
+    video_model_index,
+    video_unet_config,
+    video_vae_config,
+)
 from ldm.modules.encoders.clip import CLIPTextModel
 from ldm.modules.encoders.tokenizers import clip_tokenizer
 from taming.checkpoint import load_state_dict, save_safetensors
@@ -30,7 +40,7 @@ logger = logging.getLogger(__name__)
 # weights that diffusers' networks have no place for; its loaders do not look at this file
 REST = "others.safetensors"
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
-TEXT_WEIGHTS = "model.safetensors"
+TRANSFORMER_WEIGHTS = "model.safetensors"
 
 
 def pipeline_options(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -41,8 +51,8 @@ def pipeline_options(model: nn.Module) -> dict[str, dict[str, Any]]:
     """
     encoders = {path: module for path, module in model.named_modules() if hasattr(module, "layer")}
     options: dict[str, dict[str, Any]] = {}
-    for part, path, module in networks(model):
-        if is_openclip(module):
+    for part, path, module, _ in networks(model):
+        if part.startswith("text_encoder") and is_openclip(module):
             encoder: Any = encoders.get(path.rpartition(".")[0])
             pooled = bool(getattr(encoder, "return_pooled", False))
             skipped = int(not pooled and getattr(encoder, "layer", "last") == "penultimate")
@@ -79,17 +89,21 @@ def write_pipeline(
         raise ValueError(
             f"{type(model).__name__} has no UNet, first stage or text encoder that diffusers knows"
         )
+    if is_video(found):
+        _require_whole_video(model, found)
     parts = to_diffusers(model, options, state)
-    if set(found) == {"vae"} and found["vae"].path == "":
-        _write_part(folder, "", found["vae"], parts["vae"], _part_config(model, found["vae"], {}), dtype)
-    else:
-        renamed = _published_parts(model, found)
-        for part, network in found.items():
-            config = _part_config(model, network, options.get(part, {}))
-            _write_part(folder, renamed.get(part, part), network, parts[part], config, dtype)
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler_config(model))
+    alone = set(found) == {"vae"} and found["vae"].path == ""
+    renamed = _published_parts(model, found)
+    # all of them before the first file is written: what diffusers does not have shall not leave half a folder
+    configs = {part: _part_config(model, network, options.get(part, {})) for part, network in found.items()}
+    others = {} if alone else _pipeline_configs(model, found, renamed)
+    for part, network in found.items():
+        place = folder if alone else folder / renamed.get(part, part)
+        _write_part(place, network, parts[part], configs[part], dtype)
+    for name, config in others.items():
+        _write_json(folder / name, config)
+    if not alone:
         _write_tokenizers(folder, model, found, renamed)
-        _write_json(folder / "model_index.json", model_index(model, found, renamed))
     back = from_diffusers(model, parts, options)
     rest = {k: v for k, v in state.items() if k not in back}
     if rest:
@@ -123,23 +137,48 @@ def read_pipeline(model: nn.Module, folder: str | Path) -> dict[str, Tensor]:
     return state | (load_state_dict(folder / REST) if (folder / REST).is_file() else {})
 
 
+def is_video(found: Mapping[str, Network]) -> bool:
+    """Whether the networks are those of a model of video."""
+    return "unet" in found and looks_at_frames(found["unet"].module)
+
+
+def _require_whole_video(model: Any, found: Mapping[str, Network]) -> None:
+    if lost := [part for part in ("vae", "image_encoder") if part not in found]:
+        raise ValueError(
+            f"{type(model).__name__} is a model of video without {' and '.join(lost)}, which diffusers' pipeline of video wants"
+        )
+    first_stage = found["vae"].module
+    require_convertible(
+        found["unet"].module, first_stage if isinstance(first_stage, VideoFirstStage) else None
+    )
+
+
 def network_file(folder: str | Path) -> Path:
     """The file of a pipeline's network, or its index."""
     return locate(Path(folder) / "unet")
 
 
+def _pipeline_configs(
+    model: Any, found: Mapping[str, Network], renamed: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The files of a pipeline's folder that stand beside those of its networks."""
+    pictures = {"feature_extractor/preprocessor_config.json": feature_extractor_config()}
+    return {
+        "scheduler/scheduler_config.json": scheduler_config(model),
+        **(pictures if "image_encoder" in found else {}),
+        "model_index.json": model_index(model, found, renamed),
+    }
+
+
 def _write_part(
     folder: Path,
-    name: str,
     network: Network,
     weights: Mapping[str, Tensor],
     config: Any,
     dtype: torch.dtype | None,
 ) -> None:
-    if dtype is not None:
-        weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-    save_safetensors(weights, folder / name / WEIGHTS.get(network.part, TEXT_WEIGHTS))
-    _write_json(folder / name / "config.json", config)
+    save_safetensors(cast(weights, dtype), folder / WEIGHTS.get(network.part, TRANSFORMER_WEIGHTS))
+    _write_json(folder / "config.json", config)
 
 
 def _write_json(path: Path, contents: Mapping[str, Any]) -> None:
@@ -159,14 +198,24 @@ def _published_parts(model: Any, found: Mapping[str, Network]) -> dict[str, str]
 
 def _part_config(model: Any, network: Network, options: Mapping[str, Any]) -> dict[str, Any]:
     module: Any = network.module
+    if network.part == "unet" and looks_at_frames(module):
+        return video_unet_config(module, _size_embedder_width(model))
     if network.part == "unet":
         config = unet_config(module, time_ids_width=_size_embedder_width(model))
         if (size := getattr(model, "image_size", None)) is not None:
             config["sample_size"] = size
         return {"_class_name": "UNet2DConditionModel", **config}
+    if isinstance(module, VideoFirstStage):
+        return video_vae_config(module, float(model.scale_factor))
     if network.part == "vae":
         config = autoencoder_module_config(module, float(getattr(model, "scale_factor", 1.0)))
         return {"_class_name": "VQModel" if "num_vq_embeddings" in config else "AutoencoderKL", **config}
+    if network.part == "image_encoder":
+        return {
+            "architectures": ["CLIPVisionModelWithProjection"],
+            "model_type": "clip_vision_model",
+            **picture_config(module),
+        }
     if isinstance(module, CLIPTextModel):
         return {
             "architectures": ["CLIPTextModel"],
@@ -183,66 +232,6 @@ def _size_embedder_width(model: Any) -> int:
     """Width of each of the numbers that SDXL's conditioner embeds."""
     embedders = getattr(getattr(model, "conditioner", None), "embedders", ())
     return next((int(e.outdim) for e in embedders if hasattr(e, "outdim")), TIME_IDS_WIDTH)
-
-
-def _betas_of(model: Any) -> Tensor:
-    """The schedule's β (T,), in double precision.
-
-    Raises:
-        ValueError: the model has no table of noise levels.
-    """
-    if hasattr(model, "betas"):
-        return model.betas.double().cpu()
-    sigmas = getattr(getattr(model, "denoiser", None), "sigmas", None)
-    if sigmas is None:
-        raise ValueError(
-            f"{type(model).__name__} knows no table of noise levels, as diffusers' schedulers of this kind want"
-        )
-    return betas_of_sigmas(sigmas)
-
-
-def betas_of_sigmas(sigmas: Tensor) -> Tensor:
-    """β (T,) of a table of noise levels σ² = (1 - ᾱ) / ᾱ, in double precision."""
-    bar = 1 / (1 + sigmas.double().cpu().sort().values ** 2)
-    return 1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])
-
-
-def scheduler_config(model: Any) -> dict[str, Any]:
-    """The configuration of diffusers' scheduler: DDIM for models of `ldm`'s make, Euler for those of `sgm`'s."""
-    betas = _betas_of(model)
-    of_sgm = hasattr(model, "denoiser")
-    scaling = type(getattr(getattr(model, "denoiser", None), "scaling", None)).__name__
-    kind = getattr(model, "parameterization", "v" if scaling.startswith("V") else "eps")
-    predictions = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
-    if kind not in predictions:
-        raise ValueError(
-            f"parameterization={kind!r}: diffusers' schedulers here have {', '.join(predictions)}"
-        )
-    own: dict[str, Any] = {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False}
-    if of_sgm:
-        own = {
-            "_class_name": "EulerDiscreteScheduler",
-            "interpolation_type": "linear",
-            "use_karras_sigmas": False,
-        }
-    return {
-        **own, **betas_config(betas), "num_train_timesteps": len(betas), "prediction_type": predictions[kind],
-        "steps_offset": 1, "timestep_spacing": "leading",
-    }  # fmt: skip
-
-
-def betas_config(betas: Tensor) -> dict[str, Any]:
-    """diffusers' words for a schedule's β (T,): a kind of run and its ends, or all of them."""
-    for digits in (4, 7):  # a table of σ in single precision says the ends to four digits
-        start, end = (float(f"{float(betas[i]):.{digits}g}") for i in (0, -1))
-        kinds = {
-            "scaled_linear": torch.linspace(start**0.5, end**0.5, len(betas), dtype=torch.float64) ** 2,
-            "linear": torch.linspace(start, end, len(betas), dtype=torch.float64),
-        }
-        for kind, run in kinds.items():
-            if torch.allclose(run, betas.double(), rtol=3e-4, atol=0):
-                return {"beta_schedule": kind, "beta_start": start, "beta_end": end}
-    return {"trained_betas": betas.tolist()}
 
 
 def _write_tokenizers(
@@ -276,6 +265,8 @@ def _owner(model: nn.Module, network: Network) -> nn.Module:
 
 def model_index(model: Any, found: Mapping[str, Network], renamed: Mapping[str, str]) -> dict[str, Any]:
     """`model_index.json`: the pipeline's class and those of its parts."""
+    if is_video(found):
+        return video_model_index(_part_config(model, found["vae"], {})["_class_name"])
     classes: dict[str, Any] = {"unet": ["diffusers", "UNet2DConditionModel"]}
     if "vae" in found:
         quantised = hasattr(found["vae"].module, "quantize")

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm.conversion.autoencoder import autoencoder_params
+from ldm.conversion.picture import picture_architecture
 from ldm.conversion.text import openclip_architecture
 from ldm.conversion.unet import unet_params
+from ldm.conversion.video import DECODER, KERNEL, UNET, video_unet_params
 from ldm.modules.encoders.clip import CLIPTextConfig
 from taming.checkpoint import CheckpointError
 
@@ -20,11 +22,12 @@ ENGINE = "sgm.modules.diffusionmodules"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names of a run of β, and ours
 SIZES = ("original_size_as_tuple", "crop_coords_top_left")
+NUMBERS_OF_VIDEO = ("fps_id", "motion_bucket_id", "cond_aug")
 LAST_SIZE = {6: "target_size_as_tuple", 5: "aesthetic_score"}  # by the count of numbers
 
 
 def pipeline_model_config(folder: str | Path) -> dict[str, Any]:
-    """`{"model": …}` for the folder of a Stable Diffusion 1, 2 or XL, or of an autoencoder.
+    """`{"model": …}` for the folder of a Stable Diffusion 1, 2 or XL, of a Stable Video Diffusion, or of an autoencoder.
 
     Raises:
         FileNotFoundError: a part's configuration is not there.
@@ -41,6 +44,9 @@ def pipeline_model_config(folder: str | Path) -> dict[str, Any]:
     kind = scheduler.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise ValueError(f"prediction_type={kind!r} is unknown; our models have {', '.join(PREDICTIONS)}")
+    if unet.get("_class_name") == UNET:
+        tower = read_json(folder / "image_encoder" / "config.json")
+        return {"model": _video_engine(unet, vae, scheduler, tower)}
     towers = [
         read_json(folder / name / "config.json")
         for name in ("text_encoder", "text_encoder_2")
@@ -191,3 +197,72 @@ def _embedders(unet: Mapping[str, Any], towers: list[dict[str, Any]]) -> list[di
         for key in (*SIZES, LAST_SIZE[count])
     ]
     return [{"is_trainable": False, **e} for e in embedders]
+
+
+def _video_engine(
+    unet: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    tower: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Stable Video Diffusion, with the decoder of clips or with that of pictures."""
+    if (told := scheduler.get("timestep_type", "discrete")) != "continuous":
+        raise ValueError(
+            f"a pipeline of video with timestep_type={told!r}: ours are told a continuous noise level"
+        )
+    over_frames = vae.get("_class_name", DECODER) == DECODER
+    mirror = [t.replace("DownEncoder", "UpDecoder") for t in reversed(vae["down_block_types"])]
+    params = autoencoder_params({"up_block_types": mirror, **vae})
+    params |= {"lossconfig": {"target": "torch.nn.Identity"}}
+    return {
+        "target": "sgm.models.diffusion.DiffusionEngine",
+        "params": {
+            "scale_factor": vae.get("scaling_factor", 0.18215), "disable_first_stage_autocast": True,
+            "denoiser_config": {
+                "target": f"{ENGINE}.denoiser.Denoiser",
+                "params": {"scaling_config": {"target": f"{ENGINE}.denoiser_scaling.VScalingWithEDMcNoise"}},
+            },
+            "network_config": {"target": f"{ENGINE}.video_model.VideoUNet", "params": video_unet_params(unet)},
+            "conditioner_config": {"target": "sgm.modules.GeneralConditioner", "params": {"emb_models": _video_embedders(unet, params, tower)}},
+            "first_stage_config": _decoder_of_clips(params["ddconfig"]) if over_frames
+            else {"target": "sgm.models.autoencoder.AutoencoderKL", "params": params},
+        },
+    }  # fmt: skip
+
+
+def _decoder_of_clips(ddconfig: Mapping[str, Any]) -> dict[str, Any]:
+    half = "sgm.modules.diffusionmodules.model.Encoder", "sgm.modules.autoencoding.temporal_ae.VideoDecoder"
+    return {
+        "target": "sgm.models.autoencoder.AutoencodingEngine",
+        "params": {
+            "loss_config": {"target": "torch.nn.Identity"},
+            "regularizer_config": {"target": "sgm.modules.autoencoding.regularizers.DiagonalGaussianRegularizer"},
+            "encoder_config": {"target": half[0], "params": dict(ddconfig)},
+            "decoder_config": {"target": half[1], "params": {**ddconfig, "video_kernel_size": KERNEL}},
+        },
+    }  # fmt: skip
+
+
+def _video_embedders(
+    unet: Mapping[str, Any], autoencoder: Mapping[str, Any], tower: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The picture as a vector, frames a second, motion, the picture's latents, and the noise on it."""
+    clip = {
+        "target": f"{EMBEDDERS}.FrozenOpenCLIPImageEmbedder",
+        "params": {"arch": picture_architecture(tower), "version": None},
+    }
+    one = {"n_cond_frames": 1, "n_copies": 1}
+    encoder = {"target": "sgm.models.autoencoder.AutoencoderKLModeOnly", "params": dict(autoencoder)}
+    numbers = [
+        {"input_key": key, "target": f"{EMBEDDERS}.ConcatTimestepEmbedderND", "params": {"outdim": unet["addition_time_embed_dim"]}}
+        for key in NUMBERS_OF_VIDEO
+    ]  # fmt: skip
+    vector = {
+        "input_key": "cond_frames_without_noise", "target": f"{EMBEDDERS}.FrozenOpenCLIPImagePredictionEmbedder",
+        "params": {**one, "open_clip_embedding_config": clip},
+    }  # fmt: skip
+    latents = {
+        "input_key": "cond_frames", "target": f"{EMBEDDERS}.VideoPredictionEmbedderWithEncoder",
+        "params": {**one, "disable_encoder_autocast": True, "is_ae": True, "encoder_config": encoder},
+    }  # fmt: skip
+    return [{"is_trainable": False, **e} for e in (vector, *numbers[:2], latents, numbers[2])]

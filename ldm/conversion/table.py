@@ -108,6 +108,13 @@ def _compare(given: Iterable[str], wanted: Iterable[str], what: str) -> None:
         )
 
 
+def blended(spatial: Mapping[str, str], temporal: Mapping[str, str]) -> dict[str, str]:
+    """Names within a residual block over pixels that holds one over frames, from those of the two."""
+    return {k: f"spatial_res_block.{v}" for k, v in spatial.items()} | {
+        f"time_stack.{k}": f"temporal_res_block.{v}" for k, v in temporal.items()
+    }
+
+
 def inner_rows(
     names: Iterable[str],
     ours: str,

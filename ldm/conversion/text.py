@@ -32,18 +32,22 @@ def clip_table(model: CLIPTextModel) -> KeyTable:
     return KeyTable(rows, constants={ids: positions}, spell=_spell)
 
 
+def block_rows(ours: str, theirs: str) -> Iterator[Row]:
+    """The weights of one block of open_clip's transformers, of texts as of pictures."""
+    for kind in ("weight", "bias"):
+        for third, name in enumerate(THIRDS):
+            yield Row(f"{ours}.attn.in_proj_{kind}", f"{theirs}.self_attn.{name}.{kind}", third=third)
+        for name, there in BLOCK.items():
+            yield Row(f"{ours}.{name}.{kind}", f"{theirs}.{there}.{kind}")
+
+
 def openclip_rows(model: Any, skip_last: int = 0) -> Iterator[Row]:
     """The weights of an open_clip model's text transformer, without its last `skip_last` layers."""
     text = "text_model"
     yield Row("token_embedding.weight", f"{text}.embeddings.token_embedding.weight")
     yield Row("positional_embedding", f"{text}.embeddings.position_embedding.weight")
     for i in range(len(model.transformer.resblocks) - skip_last):
-        ours, theirs = f"transformer.resblocks.{i}", f"{text}.encoder.layers.{i}"
-        for kind in ("weight", "bias"):
-            for third, name in enumerate(THIRDS):
-                yield Row(f"{ours}.attn.in_proj_{kind}", f"{theirs}.self_attn.{name}.{kind}", third=third)
-            for name, there in BLOCK.items():
-                yield Row(f"{ours}.{name}.{kind}", f"{theirs}.{there}.{kind}")
+        yield from block_rows(f"transformer.resblocks.{i}", f"{text}.encoder.layers.{i}")
     for kind in ("weight", "bias"):
         yield Row(f"ln_final.{kind}", f"{text}.final_layer_norm.{kind}")
 
@@ -91,15 +95,19 @@ def clip_config(model: CLIPTextModel) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def activation(block: Any) -> str:
+    """transformers' name of the activation in a block of open_clip's."""
+    return "gelu" if isinstance(block.mlp.gelu, nn.GELU) else "quick_gelu"
+
+
 def openclip_config(model: Any, skip_last: int = 0) -> dict[str, Any]:
     """The configuration of transformers' class for an open_clip model's text tower, see `openclip_table`."""
     vocabulary, width = model.token_embedding.weight.shape
     blocks = model.transformer.resblocks
-    act = "gelu" if isinstance(blocks[0].mlp.gelu, nn.GELU) else "quick_gelu"
     return {
         "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": blocks[0].mlp.c_fc.out_features,
         "num_hidden_layers": len(blocks) - skip_last, "num_attention_heads": blocks[0].attn.num_heads,
-        "max_position_embeddings": len(model.positional_embedding), "hidden_act": act, "layer_norm_eps": 1e-5,
+        "max_position_embeddings": len(model.positional_embedding), "hidden_act": activation(blocks[0]), "layer_norm_eps": 1e-5,
         "projection_dim": model.text_projection.shape[1], "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
     }  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""`UNetModel` ⇄ diffusers' `UNet2DConditionModel`: names and configurations, read off the network's structure."""
+"""`UNetModel` ⇄ diffusers' `UNet2DConditionModel`: names and configurations, read off the network's structure.
+
+The names are also those of `VideoUNet`; its configuration is in `ldm.conversion.video`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldm.conversion.table import KeyTable, Row, inner_rows
+from ldm.conversion.table import KeyTable, Row, blended, inner_rows
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
 from ldm.modules.diffusionmodules.unet_blocks import AttentionBlock, Downsample, ResBlock, Upsample
 
@@ -17,6 +20,8 @@ RES_BLOCK = {
     "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }  # fmt: skip
+# layers of a transformer that also looks at other frames
+FRAMES = {"time_stack": "temporal_transformer_blocks", "time_pos_embed.0": "time_pos_embed.linear_1", "time_pos_embed.2": "time_pos_embed.linear_2"}  # fmt: skip
 TIME_LAYERS = {"0": "linear_1", "2": "linear_2"}
 VECTOR_LAYERS = {"0.0": "linear_1", "0.2": "linear_2"}
 # num_classes="sequential" has two counterparts: SDXL's pooled text with sizes, and unCLIP's noisy image embedding
@@ -40,10 +45,19 @@ def unet_rows(unet: UNetModel, vector: str = "text_time") -> Iterator[Row]:
 
 
 def _inner_names(ours: str, layer: nn.Module) -> Mapping[str, str]:
+    frames = hasattr(layer, "time_stack")
     if isinstance(layer, ResBlock):
-        return RES_BLOCK
+        return blended(RES_BLOCK, RES_BLOCK) if frames else RES_BLOCK
     if isinstance(layer, Downsample):
         return {"op": "conv"}
+    if frames:
+        paths = (
+            (path, old)
+            for path, _ in layer.named_modules()
+            for old in FRAMES
+            if f"{path}.".startswith(f"{old}.")
+        )
+        return {path: FRAMES[old] + path.removeprefix(old) for path, old in paths}
     return {"time_embed": TIME_LAYERS, "label_emb": VECTOR_LAYERS}.get(ours, {})
 
 
@@ -91,11 +105,17 @@ def unet_table(unet: UNetModel, vector: str = "text_time") -> KeyTable:
     Raises:
         ValueError: an option that diffusers' network does not have.
     """
-    _refuse_foreign(unet, vector)
+    refuse_foreign(unet, vector)
     return KeyTable(tuple(unet_rows(unet, vector)))
 
 
-def _refuse_foreign(unet: UNetModel, vector: str) -> None:
+def looks_at_frames(unet: nn.Module) -> bool:
+    """Whether it is a network of video, as SVD's."""
+    return any(hasattr(layer, "time_stack") for layer in unet.modules())
+
+
+def refuse_foreign(unet: UNetModel, vector: str = "text_time") -> None:
+    """See `unet_table`."""
     if vector not in VECTORS:
         raise ValueError(f"vector={vector!r} is unknown; choose one of {sorted(VECTORS)}")
     levels = zip(unet.num_attention_blocks, unet.num_res_blocks, _attending(unet), strict=True)
@@ -106,6 +126,9 @@ def _refuse_foreign(unet: UNetModel, vector: str) -> None:
         "conv_resample=False": not unet.conv_resample,
         "use_spatial_transformer=False": not unet.use_spatial_transformer,
         "n_embed": unet.predict_codebook_ids,
+        "layers over views and moments, as SV4D's": any(
+            hasattr(m, "time_mix_blocks") for m in unet.modules()
+        ),
         "num_attention_blocks": any(here and n < blocks + 1 for n, blocks, here in levels),
         f"context_dim={unet.context_dim}": isinstance(unet.context_dim, list)
         and len(set(unet.context_dim)) > 1,
@@ -139,7 +162,7 @@ def unet_config(
     if not isinstance(unet, UNetModel):
         with torch.device("meta"):
             unet = UNetModel(**unet)
-    _refuse_foreign(unet, vector)
+    refuse_foreign(unet, vector)
     widths = [mult * unet.model_channels for mult in unet.channel_mult]
     attends = _attending(unet)
     context = unet.context_dim[0] if isinstance(unet.context_dim, list) else unet.context_dim

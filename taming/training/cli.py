@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 
+from taming.checkpoint import CheckpointError
 from taming.training.arguments import add_trainer_arguments, split_overrides, trainer_options
 from taming.training.assembly import make_callbacks, make_loggers
 from taming.training.checkpointing import SafeCheckpointIO
@@ -335,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, overrides = parse(argv)
         run_folder = RunFolder(options)
         run(options, overrides, run_folder)
-    except (UsageError, ConfigError) as error:
+    except (UsageError, ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Exception:

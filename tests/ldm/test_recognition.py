@@ -29,6 +29,8 @@ def unet_shapes(channels, context, width=320, vector=None, labels=None, frames=F
 
 LDM, SGM = {"cond_stage_model.x": (1,)}, {"conditioner.embedders.0.x": (1,)}
 VIDEO_DECODER = {"first_stage_model.decoder.conv_out.time_mix_conv.weight": (3, 3, 3, 1, 1)}
+VIEWS = {f"{UNET}input_blocks.1.1.time_mix_blocks.0.attn1.to_q.weight": (320, 320)}
+MOTION = {f"{UNET}input_blocks.1.1.time_mixer_motion.mix_factor": (1,)}
 SD = "configs/stable-diffusion/"
 PUBLISHED = {
     f"{SD}v1-inference.yaml": unet_shapes(4, 768) | LDM,
@@ -46,6 +48,8 @@ PUBLISHED = {
     "configs/inference/svd_image_decoder.yaml": unet_shapes(8, 1024, vector=768, frames=True) | SGM,
     "configs/inference/sv3d_u.yaml": unet_shapes(8, 1024, vector=256, frames=True) | SGM,
     "configs/inference/sv3d_p.yaml": unet_shapes(8, 1024, vector=1280, frames=True) | SGM,
+    "scripts/sampling/configs/sv4d.yaml": unet_shapes(8, 1024, vector=1280) | SGM | VIEWS,
+    "scripts/sampling/configs/sv4d2.yaml": unet_shapes(8, 1024, vector=1280) | SGM | VIEWS | MOTION,
     "configs/latent-diffusion/txt2img-1p4B-eval.yaml": unet_shapes(4, 1280) | LDM,
 }
 
@@ -55,6 +59,38 @@ def test_published_diffusion_models_are_recognised(config):
     found = recognise({k: torch.empty(s, device="meta") for k, s in PUBLISHED[config].items()})
     assert found.config == config
     assert (found.twin is not None) == (config in (f"{SD}v2-inference.yaml", "configs/inference/sd_2_1.yaml"))
+
+
+def test_every_configuration_that_a_file_may_be_recognised_as_is_there():
+    for known in recognition.MODELS:
+        for config in filter(None, (known.config, known.twin)):
+            assert recognition.published_config(config).is_file()
+
+
+@pytest.mark.parametrize("config", ["svd", "sv3d_u", "sv3d_p", "sv4d", "sv4d2"])
+def test_networks_of_video_are_recognised_by_what_their_configurations_build(config):
+    from omegaconf import OmegaConf
+
+    from taming.util import instantiate_from_config
+
+    path = f"scripts/sampling/configs/{config}.yaml"
+    with torch.device("meta"):
+        unet = instantiate_from_config(
+            OmegaConf.load(recognition.published_config(path)).model.params.network_config
+        )
+    found = recognise(
+        {f"{UNET}{k}": v for k, v in unet.state_dict().items()}
+        | {"conditioner.x": torch.ones(1), "first_stage_model.decoder.time_": torch.ones(1)}
+    )
+    assert found.config.rpartition("/")[2] == f"{config}.yaml"
+
+
+def test_sdxls_inpainting_is_told_by_nine_channels_and_has_no_configuration():
+    shapes = unet_shapes(9, 2048, vector=2816) | SGM
+    with pytest.raises(
+        CheckpointError, match="Stable Diffusion XL, inpainting, of which no configuration .*--config"
+    ):
+        recognise({k: torch.empty(s, device="meta") for k, s in shapes.items()})
 
 
 def first_stage(z, ch_mult, attends=(), codes=None, middle="vanilla"):
@@ -78,7 +114,7 @@ def first_stage(z, ch_mult, attends=(), codes=None, middle="vanilla"):
         ("KL-f32", (64, [1, 1, 2, 2, 4, 4], [16, 8])), ("VQ-F4", (3, [1, 2, 4], [], 8192)),
         ("VQ-F4-NOATTN", (3, [1, 2, 4], [], 8192, "none")), ("VQ-F8", (4, [1, 2, 2, 4], [32], 16384)),
         ("VQ-F8-N256", (4, [1, 2, 2, 4], [32], 256)), ("VQ-F16", (8, [1, 1, 2, 2, 4], [16], 16384)),
-        ("VQGAN", (256, [1, 1, 2, 2, 4], [16], 1024)),
+        ("VQGAN", (256, [1, 1, 2, 2, 4], [16], 1024)), ("VQGAN of 16384 codes", (256, [1, 1, 2, 2, 4], [16], 16384)),
     ],
 )  # fmt: skip
 def test_published_first_stages_are_recognised_by_factor_latent_and_codebook(name, sizes):

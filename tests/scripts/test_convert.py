@@ -153,3 +153,62 @@ def test_conversions_that_cannot_be_are_one_clear_sentence(convert, tmp_path, ca
     filled = [a.format(ckpt=tmp_path / "x.ckpt", empty=tmp_path / "empty") for a in argv]
     assert convert.main(filled) == 2
     assert message in capsys.readouterr().err
+
+
+def test_half_precision_is_for_networks_and_not_for_noise_schedules(convert, run_folder, tmp_path):
+    """Of ᾱ, 4.7e-3 at SD's last step, half precision keeps three digits, and of β, 8.5e-4, less."""
+    run, model = run_folder
+    for flags, file in (
+        (["--to", "ldm"], "ldm.safetensors"),
+        (["--to", "sgm"], "sgm.safetensors"),
+        ([], "same.safetensors"),
+    ):
+        assert convert.main([str(run), str(tmp_path / file), "--dtype", "fp16", *flags]) == 0
+        got = load_checkpoint(tmp_path / file)["state_dict"]
+        for name, value in got.items():
+            network = name.startswith(("model.", "first_stage_model.", "cond_stage_model.", "conditioner."))
+            assert (value.dtype == torch.float16) == (network and value.is_floating_point()), name
+    assert torch.equal(got["alphas_cumprod"], model.alphas_cumprod) and torch.equal(got["betas"], model.betas)
+
+
+def test_schedules_inside_of_parts_keep_their_type_too():
+    """As that of the upscaler's noise and of a denoiser's levels."""
+    from ldm import conversion
+
+    names = ["low_scale_model.alphas_cumprod", "denoiser.sigmas", "scale_factor", "noise_augmentor.betas"]
+    weights = {name: torch.rand(3) for name in [*names, "model.diffusion_model.out.2.bias"]} | {
+        "steps": torch.tensor(3)
+    }
+    cast = conversion.cast(weights, torch.bfloat16)
+    assert [k for k, v in cast.items() if v.dtype == torch.bfloat16] == ["model.diffusion_model.out.2.bias"]
+    assert all(cast[k] is weights[k] for k in names) and cast["steps"].dtype == torch.int64
+    assert conversion.cast(weights, None) == weights
+
+
+def test_a_file_that_may_predict_either_way_asks_for_its_configuration(convert, run_folder, tmp_path, monkeypatch, capsys):  # fmt: skip
+    from ldm.recognition import Recognised
+
+    run, _ = run_folder
+    bare = tmp_path / "bare.safetensors"
+    assert convert.main([str(run), str(bare)]) == 0
+    found = Recognised("Stable Diffusion 2", "v2-inference.yaml", "v2-inference-v.yaml")
+    monkeypatch.setattr(convert, "recognise", lambda weights: found)
+    assert convert.main([str(bare), str(tmp_path / "folder")]) == 2
+    assert "name --config v2-inference.yaml or --config v2-inference-v.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_large_weights_are_split_and_read_as_one(convert, tmp_path, capsys):
+    from taming.checkpoint import load_state_dict
+
+    state = {name: torch.randn(100, 100) for name in "abc"}
+    torch.save({"state_dict": state}, tmp_path / "x.ckpt")
+    assert convert.main([str(tmp_path / "x.ckpt"), str(tmp_path / "m.safetensors"), "--max_size", "0.09"]) == 0
+    assert "3 tensors in 2 files" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.glob("m*")) == [
+        "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json",
+    ]  # fmt: skip
+    again = load_state_dict(tmp_path / "m.safetensors.index.json")
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert convert.main([str(tmp_path / "x.ckpt"), str(tmp_path / "m.safetensors"), "--max_size", "0"]) == 2
+    assert "must be above 0 MB" in capsys.readouterr().err

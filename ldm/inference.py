@@ -41,9 +41,8 @@ from taming.util import atomic_path, instantiate_from_config, nearest, sha256_ha
 
 logger = logging.getLogger(__name__)
 
-SHIPPED = (
-    "models/emoji/text2img"  # the model that comes with the repository: text to pictures of 64x64 pixels
-)
+# the model that comes with the repository, text to pictures of 64x64 pixels, and the guidance that suits it
+SHIPPED, SHIPPED_GUIDANCE = "models/emoji/text2img", 2.0
 SAMPLERS = {
     "ddim": DDIMSampler, "plms": PLMSSampler, "dpm": DPMSolverSampler, "unipc": UniPCSampler, "deis": DEISSampler,
     "flow": FlowSampler,

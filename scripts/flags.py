@@ -48,7 +48,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "own": {"prompt": "red heart", "steps": 50, "n_iter": 1, "n_samples": 4, "scale": 3.0},
 }
-SHIPPED = {"sampler": "unipc", "steps": 20}  # the model in the box needs no more
+# the model in the box needs no more steps
+SHIPPED = {"sampler": "unipc", "steps": 20, "scale": inference.SHIPPED_GUIDANCE}
 PUBLISHED_V1 = ("configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt")
 LAION400M = (
     "configs/latent-diffusion/txt2img-1p4B-eval.yaml",

@@ -55,7 +55,7 @@ def name_model(opt: argparse.Namespace) -> None:
         flags.fill_defaults(named)
         opt.ckpt, opt.config = named.ckpt, named.config
     if opt.scale is None:
-        text = flags.FAMILIES["own"]["scale"] if opt.ckpt == inference.SHIPPED else TEXT_GUIDANCE
+        text = inference.SHIPPED_GUIDANCE if opt.ckpt == inference.SHIPPED else TEXT_GUIDANCE
         opt.scale = text if opt.prompt else 1.0
     opt.prompt = opt.prompt or ""
 

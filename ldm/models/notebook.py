@@ -70,6 +70,7 @@ def spread(cond: Any, rows: int, times: int, device: Any) -> Any:
 class NotebookCalls(LatentSpace):
     """The short calls of `LatentDiffusion`: `from_pretrained`, `generate`, `sample`, `img2img`; PIL images come out."""
 
+    text_guidance = TEXT_GUIDANCE  # of texts, where a call names none
     cond_stage_model: Any
     get_unconditional_conditioning: Callable[..., Any]
 
@@ -98,6 +99,8 @@ class NotebookCalls(LatentSpace):
         )
         if not isinstance(model, cls):
             raise inference.InferenceError(f"{file} holds a {type(model).__name__}, not a {cls.__name__}")
+        if path == inference.SHIPPED:
+            model.text_guidance = inference.SHIPPED_GUIDANCE
         return model
 
     def generate(
@@ -248,7 +251,7 @@ class NotebookCalls(LatentSpace):
         rows = max([len(texts or [""]), *(len(t) for t in tensors_in(cond))])
         cond = spread(cond, rows, num_images, self.device)
         reads = self.cond_stage_key in inference.TEXT_KEYS and self.model.conditioning_key is not None
-        scale = (TEXT_GUIDANCE if reads else 1.0) if scale is None else scale
+        scale = (self.text_guidance if reads else 1.0) if scale is None else scale
         images = rows * num_images
         return Asked(
             cond, self._nothing(cond, negative_prompt, images) if scale != 1.0 else None, scale, images

@@ -203,7 +203,9 @@ def test_large_weights_are_split_and_read_as_one(convert, tmp_path, capsys):
 
     state = {name: torch.randn(100, 100) for name in "abc"}
     torch.save({"state_dict": state}, tmp_path / "x.ckpt")
-    assert convert.main([str(tmp_path / "x.ckpt"), str(tmp_path / "m.safetensors"), "--max_size", "0.09"]) == 0
+    assert (
+        convert.main([str(tmp_path / "x.ckpt"), str(tmp_path / "m.safetensors"), "--max_size", "0.09"]) == 0
+    )
     assert "3 tensors in 2 files" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.glob("m*")) == [
         "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.safetensors.index.json",

@@ -121,7 +121,7 @@ def test_the_published_model_is_the_default_else_the_one_in_the_box(inpaint, kin
     assert "name the checkpoint of --config some.yaml" in capsys.readouterr().err
     opt = inpaint.get_parser().parse_args([*BASE, "--prompt", "red heart"])
     inpaint.name_model(opt)
-    assert opt.ckpt == "models/emoji/text2img" and opt.scale == 3.0
+    assert opt.ckpt == "models/emoji/text2img" and opt.scale == 2.0
     save(kinds["published"], tmp_path / inpaint.PUBLISHED, "last.ckpt")
     opt = inpaint.get_parser().parse_args(BASE)
     inpaint.name_model(opt)

@@ -1,10 +1,11 @@
 """Tasks as pages: what each draws, its controls, and two ways to show any of them, by Gradio and by Streamlit.
 
+    streamlit run scripts/streamlit/text2img.py
     python scripts/gradio/depth2img.py configs/stable-diffusion/v2-midas-inference.yaml 512-depth-ema.ckpt
     streamlit run scripts/streamlit/depth2img.py configs/stable-diffusion/v2-midas-inference.yaml 512-depth-ema.ckpt
 
-The same for inpainting, superresolution and, by Streamlit alone, stableunclip. Without a browser do scripts/depth2img.py, inpaint.py
-and superresolution.py the same.
+The same for inpainting, superresolution and, by Streamlit alone, stableunclip. text2img takes the model that comes with the repository
+where none is named. Without a browser do scripts/txt2img.py, depth2img.py, inpaint.py and superresolution.py the same.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Demo:
         controls: by name; the defaults are those of the published Gradio page.
         streamlit: controls where the published Streamlit page differs.
         inputs: labels of the pictures that it begins with.
+        shipped: the model that comes with the repository can do it, and does where none is named.
     """
 
     title: str
@@ -61,6 +63,7 @@ class Demo:
     controls: Mapping[str, Control]
     streamlit: Mapping[str, Control] = field(default_factory=dict)
     inputs: tuple[str, ...] = ("Picture",)
+    shipped: bool = False
 
 
 # --------------------------------------------------------------------------------------------------------------- tasks
@@ -79,6 +82,18 @@ def as_pictures(images: Tensor) -> list[Image.Image]:
 def _text(values: Values) -> dict[str, Any]:
     names = ("prompt", "negative_prompt", "steps", "batch_size", "scale", "eta")
     return {name: values[name] for name in names if name in values}
+
+
+def draw_prompt(model: Any, pictures: Sequence[Image.Image], values: Values) -> list[Image.Image]:
+    """Pictures of a prompt."""
+    inference.require_text(model)
+    name = None if model.parameterization == "flow" else "unipc"
+    _, sampler = inference.make_sampler(model, name)
+    made = inference.sample_text(
+        model, sampler, [values["prompt"]] * values["batch_size"], values["steps"], inference.latent_shape(model), values["scale"],
+        negative_prompt=values["negative_prompt"], verbose=False,
+    )  # fmt: skip
+    return as_pictures(made)
 
 
 def draw_depth(model: Any, pictures: Sequence[Image.Image], values: Values) -> list[Image.Image]:
@@ -144,6 +159,13 @@ def _controls(images: int, steps: Control, scale: float, **more: Control) -> dic
 
 
 DEMOS: dict[str, Demo] = {
+    "text2img": Demo(
+        "Text to image",
+        draw_prompt,
+        _controls(4, Control("Steps", 1, 50, 20), inference.SHIPPED_GUIDANCE),
+        inputs=(),
+        shipped=True,
+    ),
     "depth2img": Demo(
         "Depth to image", draw_depth, _controls(1, Control("Steps", 1, 50, 50), 9.0, strength=STRENGTH, eta=ETA)
     ),
@@ -206,8 +228,9 @@ def perform(
 def get_parser(demo: Demo, doc: str | None) -> argparse.ArgumentParser:
     """The published positional arguments, and where to compute."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="configuration of the checkpoint")
-    parser.add_argument("ckpt", help="the checkpoint")
+    nargs, default = ("?", "; default: the model that comes with the repository") if demo.shipped else (None, "")
+    parser.add_argument("config", nargs=nargs, help=f"configuration of the checkpoint{default}")
+    parser.add_argument("ckpt", nargs=nargs, help=f"the checkpoint{default}")
     flags.add_device_arguments(parser)
     return parser
 
@@ -313,13 +336,17 @@ def main(name: str, front: str, doc: str | None, argv: list[str] | None = None) 
         argv: the command line, the process's own if None.
     """
     demo = DEMOS[name]
-    opt = get_parser(demo, doc).parse_args(argv)
+    parser = get_parser(demo, doc)
+    opt = parser.parse_args(argv)
+    if opt.config and not opt.ckpt:
+        parser.error(f"name the checkpoint of {opt.config}, too")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     how = {"precision": opt.precision, "bf16": opt.bf16}
 
     def load() -> Any:
-        return inference.load_model(opt.ckpt, opt.config, inference.choose_device(opt.device))[0]
+        ckpt = opt.ckpt or inference.SHIPPED
+        return inference.load_model(ckpt, opt.config, inference.choose_device(opt.device))[0]
 
     try:
         if front == "streamlit":

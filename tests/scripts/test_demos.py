@@ -57,6 +57,21 @@ def test_the_defaults_are_the_published_ones(name, gradio, streamlit):
     assert set(demo.streamlit) <= set(demo.controls)
 
 
+def test_the_page_of_prompts_draws_with_the_model_in_the_box(monkeypatch):
+    from streamlit.testing.v1 import AppTest
+
+    monkeypatch.setattr(sys, "argv", ["text2img.py", "--device", "cpu"])
+    app = AppTest.from_file(str(ROOT / "scripts" / "streamlit" / "text2img.py"), default_timeout=60).run()
+    app.text_input[0].set_value("red heart")
+    app.sidebar.slider[1].set_value(4)
+    app.button[0].click().run()
+    assert not app.exception and not app.error
+    assert [e.type for e in app.main].count("image") == 4
+    assert pages.main("text2img", "gradio", None, ["--device", "nowhere"]) == 2
+    with pytest.raises(SystemExit):
+        pages.main("text2img", "gradio", None, ["some.yaml"])
+
+
 def test_only_what_the_mask_hides_changes(build, picture):
     demo = pages.DEMOS["inpainting"]
     inputs = inputs_of(demo, picture)

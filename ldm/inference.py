@@ -256,8 +256,10 @@ def load_run(
 
 
 def forget_starting_points(node: Any) -> None:
-    """Clear every `ckpt_path` below a model's configuration: the full checkpoint overrides them all."""
+    """Clear every `ckpt_path` below a model's configuration: the full checkpoint overrides them all, already widened."""
     if OmegaConf.is_dict(node):
+        if node.get("ckpt_path") is not None and {"concat_keys", "finetune_keys"} & node.keys():
+            node["finetune_keys"] = None
         for key in node:
             if key == "ckpt_path":
                 node[key] = None

@@ -128,3 +128,16 @@ def test_another_class_is_built_in_the_place_of_the_configured_one(run, tmp_path
     loaded, _, config = inference.load_model(str(folder), None, torch.device("cpu"), (), classes)
     assert type(loaded).__name__ == "Mine" and config.model.target == "of_my_own.Mine"
     assert torch.equal(next(loaded.parameters()), next(model.parameters()))
+
+
+@pytest.mark.parametrize("keys", [{"concat_keys": ["mask"]}, {"finetune_keys": ["first.weight"]}])
+def test_a_model_that_was_widened_in_training_is_loaded_wide(keys):
+    config = OmegaConf.create({"params": {"ckpt_path": "narrow.ckpt", **keys}})
+    inference.forget_starting_points(config)
+    assert config.params.ckpt_path is None and config.params.finetune_keys is None
+
+
+def test_other_models_get_no_parameter_that_they_do_not_know():
+    config = OmegaConf.create({"params": {"ckpt_path": "x.ckpt", "first_stage_config": {"params": {"ckpt_path": "y"}}}})  # fmt: skip
+    inference.forget_starting_points(config)
+    assert config == {"params": {"ckpt_path": None, "first_stage_config": {"params": {"ckpt_path": None}}}}

@@ -82,6 +82,10 @@ def write_pipeline(
         CheckpointError: names are missing or left over.
         ValueError: something that diffusers has no counterpart of.
     """
+    if getattr(model, "noise_augmentor", None) is not None:
+        raise ValueError(
+            f"{type(model).__name__}: diffusers' pipeline of unCLIP wants an image encoder and a normaliser that are not converted"
+        )
     folder, options = Path(folder), pipeline_options(model)
     state = model.state_dict() if state is None else state
     found = {n.part: n for n in networks(model)}

@@ -20,6 +20,7 @@ ENCODERS = "ldm.modules.encoders.modules"
 EMBEDDERS = "sgm.modules.encoders.modules"
 ENGINE = "sgm.modules.diffusionmodules"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCALINGS = {"eps": "EpsScaling", "v": "VScaling"}
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear"}  # diffusers' names of a run of β, and ours
 SIZES = ("original_size_as_tuple", "crop_coords_top_left")
 NUMBERS_OF_VIDEO = ("fps_id", "motion_bucket_id", "cond_aug")
@@ -34,9 +35,15 @@ def pipeline_model_config(folder: str | Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
         ValueError: an option that our models do not have.
     """
-    folder = Path(folder)
+    try:
+        return {"model": _model(Path(folder))}
+    except KeyError as error:
+        raise ValueError(f"a configuration in {folder} lacks {error}") from error
+
+
+def _model(folder: Path) -> dict[str, Any]:
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
-        return {"model": _first_stage(read_json(folder / "config.json"))}
+        return _first_stage(read_json(folder / "config.json"))
     index = read_json(folder / "model_index.json")
     unet = read_json(folder / "unet" / "config.json")
     vae = read_json(folder / "vae" / "config.json")
@@ -46,14 +53,14 @@ def pipeline_model_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"prediction_type={kind!r} is unknown; our models have {', '.join(PREDICTIONS)}")
     if unet.get("_class_name") == UNET:
         tower = read_json(folder / "image_encoder" / "config.json")
-        return {"model": _video_engine(unet, vae, scheduler, tower)}
+        return _video_engine(unet, vae, scheduler, tower)
     towers = [
         read_json(folder / name / "config.json")
         for name in ("text_encoder", "text_encoder_2")
         if (index.get(name) or [None])[0] is not None
     ]
     make = _engine if "text_encoder_2" in index else _latent_diffusion
-    return {"model": make(unet, vae, scheduler, towers)}
+    return make(unet, vae, scheduler, towers)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,6 +116,12 @@ def _latent_diffusion(
     params = unet_params(unet)
     extra = params["in_channels"] - params["out_channels"]
     channels = vae["latent_channels"]
+    if extra not in (0, channels + 1) or "num_classes" in params:
+        raise ValueError(
+            f"a network of {params['in_channels']} channels for latents of {channels}{', with class embeddings' * ('num_classes' in params)}: "
+            "a folder tells the whole of text-to-image and inpainting models only; name the configuration of others, such as "
+            "configs/stable-diffusion/v2-midas-inference.yaml"
+        )
     return {
         "target": "ldm.models.diffusion.ddpm." + ("LatentInpaintDiffusion" if extra == channels + 1 else "LatentDiffusion"),
         "params": {
@@ -117,6 +130,7 @@ def _latent_diffusion(
             "conditioning_key": "hybrid" if extra else "crossattn", "parameterization": PREDICTIONS[scheduler.get("prediction_type", "epsilon")],
             "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": params["image_size"], "channels": channels,
             "scale_factor": vae.get("scaling_factor", 0.18215), "use_ema": False, **_schedule(scheduler),
+            **({"zero_terminal_snr": True} if scheduler.get("rescale_betas_zero_snr") else {}),
             **({"finetune_keys": None} if extra == channels + 1 else {}),
         },
     }  # fmt: skip
@@ -149,15 +163,20 @@ def _engine(
         raise ValueError(
             "a pipeline of SDXL's kind with beta_schedule='linear': ours have 'scaled_linear' there"
         )
+    kind = PREDICTIONS[scheduler.get("prediction_type", "epsilon")]
+    if kind not in SCALINGS or scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            f"a pipeline of SDXL's kind that predicts {kind} with rescale_betas_zero_snr={scheduler.get('rescale_betas_zero_snr', False)}: "
+            f"our engine predicts {' or '.join(SCALINGS)}, down from a level above 0"
+        )
     params = {
         k: v
         for k, v in unet_params(unet).items()
         if k not in ("image_size", "legacy", "use_spatial_transformer")
     }
-    scaling = {"eps": "EpsScaling", "v": "VScaling"}[PREDICTIONS[scheduler.get("prediction_type", "epsilon")]]
     steps = schedule.pop("timesteps")
     denoiser = {
-        "num_idx": steps, "scaling_config": {"target": f"{ENGINE}.denoiser_scaling.{scaling}"},
+        "num_idx": steps, "scaling_config": {"target": f"{ENGINE}.denoiser_scaling.{SCALINGS[kind]}"},
         "discretization_config": {
             "target": f"{ENGINE}.discretizer.LegacyDDPMDiscretization", "params": {**schedule, "num_timesteps": steps},
         },

@@ -1,5 +1,7 @@
 """Folders of diffusers' pipelines: its loaders read what we write, and a full run with the same noise gives the same picture."""
 
+import json
+
 import pytest
 import torch
 
@@ -324,3 +326,44 @@ def test_models_that_exist_in_one_layout_only_are_named():
         conversion.to_sgm(linear)
     with pytest.raises(ValueError, match="no table of noise levels"):
         conversion.to_ldm({"conditioner.x": torch.ones(1)})
+
+
+def changed(folder, file, **entries):
+    path = folder / file
+    contents = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({k: v for k, v in contents.items() if v != "gone"}))
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "entries", "message"),
+    [
+        ("SD 1", "unet/config.json", {"in_channels": 5}, "a network of 5 channels for latents of 4"),
+        ("SD 1", "unet/config.json", {"in_channels": 7}, "name the configuration of others"),
+        ("SD 1", "unet/config.json", {"cross_attention_dim": "gone"}, "lacks 'cross_attention_dim'"),
+        ("SD 1", "scheduler/scheduler_config.json", {"beta_start": "gone"}, "lacks 'beta_start'"),
+        ("SD 1", "vae/config.json", {"shift_factor": 0.1}, "shift_factor=0.1"),
+        ("SD 1", "vae/config.json", {"latents_mean": [0.0]}, "latents_mean"),
+        ("SDXL", "scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts x0"),
+        ("SDXL", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
+    ],
+)  # fmt: skip
+def test_folders_of_what_ours_cannot_be_are_refused(tmp_path, family, file, entries, message):
+    conversion.write_pipeline(built(FAMILIES[family]), tmp_path)
+    changed(tmp_path, file, **entries)
+    with pytest.raises(ValueError, match=message):
+        conversion.pipeline_model_config(tmp_path)
+
+
+def test_a_zero_terminal_snr_is_read_off_a_folder(tmp_path):
+    conversion.write_pipeline(built(sd2()), tmp_path)
+    changed(tmp_path, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    model = instantiate_from_config(conversion.pipeline_model_config(tmp_path)["model"])
+    assert float(model.alphas_cumprod[-1]) < 1e-6
+
+
+def test_a_model_of_unclip_is_refused_before_anything_is_written(tmp_path):
+    model = built(sd2())
+    model.noise_augmentor = torch.nn.Identity()
+    with pytest.raises(ValueError, match="unCLIP wants an image encoder"):
+        conversion.write_pipeline(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

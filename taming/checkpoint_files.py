@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,9 @@ class _File:
         self.metadata: dict[str, Any] = {}
         self._get: Callable[[str], Tensor] | None = None
         self._taken = 0
+        # torch's format before archives cannot be mapped: opening it again reads all of it again
+        mapped = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+        self._window = WINDOW if mapped else math.inf
         self._open()
 
     def _open(self) -> Callable[[str], Tensor]:
@@ -192,7 +197,7 @@ class _File:
         return self._get
 
     def read(self, name: str) -> Tensor:
-        if self._taken > WINDOW:
+        if self._taken > self._window:
             self._get, self._taken = None, 0
         get = self._get or self._open()
         with _readable(self.path):

@@ -175,3 +175,17 @@ def test_no_way_of_reading_runs_what_a_pickle_holds(tmp_path, kind, where):
     with pytest.raises(CheckpointError, match="wants to call"):
         checkpoint.load_model_from_config(config, path)
     assert not mark.exists()
+
+
+def test_a_file_of_the_format_before_archives_is_read_once(tmp_path, monkeypatch):
+    """It cannot be mapped, so that forgetting it would mean to unpickle all of it again."""
+    state = {str(i): torch.full((100,), float(i)) for i in range(9)}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    monkeypatch.setattr(checkpoint_files, "WINDOW", 500)
+    read, calls = checkpoint_files.read_pickle, []
+    monkeypatch.setattr(
+        checkpoint_files, "read_pickle", lambda *args, **options: calls.append(1) or read(*args, **options)
+    )
+    weights = checkpoint_files.Weights(tmp_path / "old.pth")
+    assert all(torch.equal(weights[name], value) for name, value in state.items())
+    assert len(calls) == 1

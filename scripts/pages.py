@@ -228,7 +228,9 @@ def perform(
 def get_parser(demo: Demo, doc: str | None) -> argparse.ArgumentParser:
     """The published positional arguments, and where to compute."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    nargs, default = ("?", "; default: the model that comes with the repository") if demo.shipped else (None, "")
+    nargs, default = (
+        ("?", "; default: the model that comes with the repository") if demo.shipped else (None, "")
+    )
     parser.add_argument("config", nargs=nargs, help=f"configuration of the checkpoint{default}")
     parser.add_argument("ckpt", nargs=nargs, help=f"the checkpoint{default}")
     flags.add_device_arguments(parser)

@@ -27,8 +27,8 @@ from taming.data.emoji import load_emoji
 from taming.data.images import to_float
 
 EDITS = (
-    ("grinning face", "crying face"), ("grinning face", "cat with tears of joy"), ("red heart", "broken heart"), ("red heart", "red apple"),
-    ("blue circle", "full moon face"), ("hatching chick", "baby chick"), ("delivery truck", "police car"), ("robot", "alien monster"),
+    ("octopus", "green octopus"), ("dolphin", "red dolphin"), ("gem stone", "red gem stone"), ("balloon", "blue balloon"),
+    ("grinning face", "blue grinning face"), ("grinning face", "crying face"), ("red heart", "broken heart"), ("robot", "alien monster"),
 )  # fmt: skip
 FILLED = (
     "grinning face",

@@ -159,7 +159,7 @@ def autoencoder_module_config(autoencoder: Any, scale_factor: float = 0.18215) -
 
 FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",), "norm_num_groups": (32,), "norm_type": ("group",), "use_quant_conv": (True,), "use_post_quant_conv": (True,),
-    "shift_factor": (None, 0, 0.0), "latents_mean": (None,), "latents_std": (None,), "mid_block_add_attention": (True,),
+    "shift_factor": (None, 0, 0.0), "latents_mean": (None,), "latents_std": (None,),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from taming.checkpoint import (
     CheckpointError,
     Weights,
     build_empty,
+    files_of,
     find_run,
     load_into,
     load_model_from_config,
@@ -336,8 +338,9 @@ def make_sampler(model: Any, name: str | None = None) -> tuple[str, Any]:
 
 
 def file_hash(path: str | Path) -> str:
-    """The first ten digits of a file's SHA-256, the usual way to name a checkpoint."""
-    return sha256_hash(path)[:10]
+    """The first ten digits of a file's SHA-256, the usual way to name a checkpoint; of several files, those of their sums' own."""
+    sums = [sha256_hash(file) for file in files_of(path)]
+    return (sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest())[:10]
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling

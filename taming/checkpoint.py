@@ -21,6 +21,7 @@ from torch import Tensor
 from taming.checkpoint_files import (
     INDEX,
     Weights,
+    files_of,
     in_checkout,
     locate,
     read_index,
@@ -32,8 +33,8 @@ from taming.checkpoint_pickles import CheckpointError, Inert, read_pickle
 from taming.util import atomic_path, nearest
 
 __all__ = [
-    "CheckpointError", "Inert", "Weights", "averaged_weights", "build_empty", "find_run", "load_checkpoint", "load_data", "load_into",
-    "load_model_from_config", "load_state_dict", "save_checkpoint", "save_safetensors", "save_shards", "stream_into", "tensors_of",
+    "CheckpointError", "Inert", "Weights", "averaged_weights", "build_empty", "files_of", "find_run", "load_checkpoint", "load_data",
+    "load_into", "load_model_from_config", "load_state_dict", "save_checkpoint", "save_safetensors", "save_shards", "stream_into", "tensors_of",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)

@@ -78,6 +78,12 @@ def read_index(path: Path) -> dict[str, Path]:
     return {name: path.parent / file for name, file in files.items()}
 
 
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that a checkpoint consists of: itself, or those that its index names, sorted."""
+    path = locate(path)
+    return sorted(set(read_index(path).values())) if path.name.endswith(INDEX) else [path]
+
+
 def read_safetensors(path: Path, device: str = "cpu") -> dict[str, Any]:
     """`{"state_dict": …, "metadata": …}` of a safetensors file.
 

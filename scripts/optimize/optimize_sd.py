@@ -29,7 +29,7 @@ from PIL import Image
 from ldm import inference, inference_images, quantization
 from ldm.inference import CLASS_KEYS, TEXT_KEYS, InferenceError
 from ldm.inference_images import Finished
-from taming.checkpoint import load_model_from_config, save_safetensors
+from taming.checkpoint import files_of, load_model_from_config, save_safetensors
 from taming.util import atomic_path
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -202,7 +202,7 @@ def run(opt: argparse.Namespace) -> Finished:
     if before is not None:
         after = measure(load_copy(target, opt, device), opt, drawing_precision(opt))
         report = {
-            "before": {"file_bytes": source.stat().st_size, **before[0]}, "after": {"file_bytes": target.stat().st_size, **after[0]},
+            "before": {"file_bytes": sum(f.stat().st_size for f in files_of(source)), **before[0]}, "after": {"file_bytes": target.stat().st_size, **after[0]},
             "distance": distance(before[1], after[1]), "device": str(device), "dtype": opt.dtype, "quantize": opt.quantize,
             "steps": opt.steps, "seed": opt.seed,
         }  # fmt: skip

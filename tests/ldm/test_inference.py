@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from ldm import inference
-from taming.checkpoint import CheckpointError, save_safetensors
+from taming.checkpoint import CheckpointError, save_safetensors, save_shards
 from taming.util import instantiate_from_config
 
 
@@ -141,3 +141,12 @@ def test_other_models_get_no_parameter_that_they_do_not_know():
     config = OmegaConf.create({"params": {"ckpt_path": "x.ckpt", "first_stage_config": {"params": {"ckpt_path": "y"}}}})  # fmt: skip
     inference.forget_starting_points(config)
     assert config == {"params": {"ckpt_path": None, "first_stage_config": {"params": {"ckpt_path": None}}}}
+
+
+def test_a_checkpoint_in_several_files_is_named_by_all_of_them(tmp_path):
+    names = []
+    for value in (1.0, 2.0):
+        state = {name: torch.full((100,), value) for name in "ab"}
+        save_shards(state, tmp_path / "m.safetensors", 500)
+        names.append(inference.file_hash(tmp_path / "m.safetensors.index.json"))
+    assert names[0] != names[1] and all(len(name) == 10 for name in names)

@@ -208,6 +208,7 @@ def run(opt: argparse.Namespace, prepare: Prepare | None = None) -> Gallery:
         opt: the flags.
         prepare: called with the loaded model and the flags; what it returns is noted in the pictures.
     """
+    asked = opt.scale
     flags.fill_defaults(opt)
     for flag in ("torchscript", "ipex"):
         if getattr(opt, flag):
@@ -216,7 +217,10 @@ def run(opt: argparse.Namespace, prepare: Prepare | None = None) -> Gallery:
     model, path, _ = inference.load_model(opt.ckpt, opt.config, device, encoder_options(opt))
     noted = prepare(model, opt) if prepare else {}
     inference.require_text(model)
-    artist = (TokenArtist if isinstance(model, Net2NetTransformer) else LatentArtist)(model, opt, device)
+    tokens = isinstance(model, Net2NetTransformer)
+    if tokens and asked is None:
+        opt.scale = 1.0  # the defaults are those of diffusion
+    artist = (TokenArtist if tokens else LatentArtist)(model, opt, device)
     lora = flags.add_adapters(model, opt)
     batches = inference.read_prompts(opt.prompt, opt.from_file, opt.n_samples, opt.repeat)
     common = described(

@@ -66,11 +66,12 @@ def test_the_command_line_needs_nothing_but_a_prompt_from_any_folder(tmp_path):
 
 def test_the_token_transformer_draws_red_hearts_too(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    argv = ["--ckpt", "models/emoji/tokens", "--prompt", "red heart", "--n_samples", "1", "--scale", "1", "--top_k", "1"]
+    argv = ["--ckpt", "models/emoji/tokens", "--prompt", "red heart", "--n_samples", "1"]
     assert txt2img.main([*argv, "--device", "cpu", "--outdir", "out", "--skip_grid"]) == 0
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
     heart = np.asarray(Image.open("out/samples/00000.png")) / 255
     red, green, blue = heart[24:40, 24:40].mean(axis=(0, 1))
+    assert Image.open("out/samples/00000.png").text["scale"] == "1.0"
     assert red > 0.7 and green < 0.35 and blue < 0.4 and heart[-8:, :8].mean() > 0.95
 
 

@@ -237,6 +237,8 @@ def test_txt2img_says_when_guidance_has_no_effect(tmp_path, caplog):
     argv = ["--ckpt", str(folder), "--prompt", "ghost", "--n_samples", "1", "--outdir", str(tmp_path / "o"), "--device", "cpu"]  # fmt: skip
     with caplog.at_level("INFO"):
         assert script("txt2img").main(argv) == 0
+        assert "--scale has no effect" not in caplog.text
+        assert script("txt2img").main([*argv, "--scale", "3"]) == 0
     assert "--scale has no effect" in caplog.text
 
 

@@ -27,11 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.inference import SAMPLERS, InferenceError, choose_device, load_run, require_text, save_grid
-from scripts.evaluate_samplers import Cell, Comparison, decode, real_pictures, table
-from taming.checkpoint import CheckpointError
+from scripts.evaluate_samplers import Cell, Comparison, decode, print_report, real_pictures, table
 from taming.data.emoji import EmojiImages
-from taming.training.arguments import split_overrides
-from taming.util import ConfigError
 
 RANKS = (1, 5)
 
@@ -130,14 +127,7 @@ def evaluate(opt: argparse.Namespace, overrides: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    overrides, flags = split_overrides(sys.argv[1:] if argv is None else argv)
-    opt = get_parser().parse_args(flags)
-    try:
-        print(evaluate(opt, overrides))
-    except (InferenceError, CheckpointError, ConfigError, OSError, ValueError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return print_report(get_parser(), evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -303,16 +303,25 @@ def report(
     return "\n\n".join(parts)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+def print_report(
+    parser: argparse.ArgumentParser, evaluate: Callable[[argparse.Namespace, list[str]], str], argv: list[str] | None
+) -> int:  # fmt: skip
+    """Print what `evaluate` makes of a command line's flags and overrides, or the one sentence that says what is wrong; returns the
+    exit status.
+    """
     overrides, flags = split_overrides(sys.argv[1:] if argv is None else argv)
-    opt = get_parser().parse_args(flags)
+    opt = parser.parse_args(flags)
     try:
         print(evaluate(opt, overrides))
     except (InferenceError, CheckpointError, ConfigError, OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    return print_report(get_parser(), evaluate, argv)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,8 @@ def load_model(
         logger.info("%s predicts v: %s", path, twin)
         merged = _merged(published_config(twin), overrides, classes or {})
         model = _rebuilt(model, merged, device)
+    if ckpt == SHIPPED:
+        model.text_guidance = SHIPPED_GUIDANCE  # of short calls that name none
     return model, path, merged
 
 

@@ -163,26 +163,38 @@ def fill_defaults(opt: argparse.Namespace) -> None:
     if getattr(opt, "laion400m", False):
         config, ckpt, outdir = LAION400M
         opt.config, opt.ckpt, opt.outdir = opt.config or config, opt.ckpt or ckpt, opt.outdir or outdir
-    if opt.ckpt is None:
-        published = Path(PUBLISHED_V1[1])
-        if published.is_file():
-            opt.config, opt.ckpt = opt.config or PUBLISHED_V1[0], str(published)
-        elif opt.config is None:
-            take_shipped(opt)
-        else:
-            raise inference.InferenceError(
-                f"name the checkpoint of --config {opt.config} with --ckpt (there is none at {published})"
-            )
+    unnamed = opt.ckpt is None
+    name_model(opt)
+    if unnamed and opt.ckpt == inference.SHIPPED:
+        fill_shipped(opt)
     opt.outdir = opt.outdir or "outputs/txt2img-samples"
     for key, value in FAMILIES[family_of(opt)].items():
         if getattr(opt, key, None) is None:
             setattr(opt, key, value)
 
 
-def take_shipped(opt: argparse.Namespace) -> None:
-    """Draw with the model that comes with the repository; its own defaults come before those of scripts."""
-    opt.ckpt = inference.SHIPPED
-    logging.info("Drawing with the model of emoji that comes with the repository; --ckpt names another.")
+def name_model(opt: argparse.Namespace) -> None:
+    """Settle on a model: where none is named, the published one if it is there, else the one that comes with the repository.
+
+    Raises:
+        InferenceError: a configuration is named, and its checkpoint is not there.
+    """
+    if opt.ckpt is not None:
+        return
+    published = Path(PUBLISHED_V1[1])
+    if published.is_file():
+        opt.config, opt.ckpt = opt.config or PUBLISHED_V1[0], str(published)
+    elif opt.config is None:
+        opt.ckpt = inference.SHIPPED
+        logging.info("Drawing with the model of emoji that comes with the repository; --ckpt names another.")
+    else:
+        raise inference.InferenceError(
+            f"name the checkpoint of --config {opt.config} with --ckpt (there is none at {published})"
+        )
+
+
+def fill_shipped(opt: argparse.Namespace) -> None:
+    """The defaults of the model that comes with the repository, which come before those of scripts."""
     named = any(getattr(opt, flag, None) for flag in ("sampler", "plms", "dpm"))
     for key, value in SHIPPED.items():
         if getattr(opt, key, None) is None and not (key == "sampler" and named):

@@ -50,10 +50,7 @@ def name_model(opt: argparse.Namespace) -> None:
     """Settle on a model: the published one where it lies, else what txt2img.py would take; and on the guidance."""
     if opt.ckpt is None and opt.config is None and Path(PUBLISHED, "last.ckpt").is_file():
         opt.ckpt = PUBLISHED
-    if opt.ckpt is None:
-        named = argparse.Namespace(**vars(opt))
-        flags.fill_defaults(named)
-        opt.ckpt, opt.config = named.ckpt, named.config
+    flags.name_model(opt)
     if opt.scale is None:
         text = inference.SHIPPED_GUIDANCE if opt.ckpt == inference.SHIPPED else TEXT_GUIDANCE
         opt.scale = text if opt.prompt else 1.0

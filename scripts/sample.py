@@ -317,14 +317,6 @@ def precision_of(opt: argparse.Namespace) -> torch.dtype | None:
     return torch.bfloat16 if opt.bf16 else torch.float32 if opt.precision == "full" else None
 
 
-def name_model(opt: argparse.Namespace) -> None:
-    """Settle on the model that txt2img.py would take, if none is named."""
-    if opt.ckpt is None:
-        named = argparse.Namespace(**vars(opt))
-        flags.fill_defaults(named)
-        opt.ckpt, opt.config = named.ckpt, named.config
-
-
 def make_drawer(model: Any, opt: argparse.Namespace, config: Any) -> Any:
     """What draws with the model.
 
@@ -343,7 +335,7 @@ def run(opt: argparse.Namespace, overrides: list[str]) -> Finished:
     """Load, draw, save."""
     if opt.n_samples < 1 or opt.n_iter < 1:
         raise InferenceError(f"--n_samples {opt.n_samples} --n_iter {opt.n_iter}: both must be at least 1")
-    name_model(opt)
+    flags.name_model(opt)
     device = inference.choose_device(opt.device)
     # an engine is built as the class with short calls
     model, path, config = inference.load_model(

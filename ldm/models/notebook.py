@@ -99,8 +99,6 @@ class NotebookCalls(LatentSpace):
         )
         if not isinstance(model, cls):
             raise inference.InferenceError(f"{file} holds a {type(model).__name__}, not a {cls.__name__}")
-        if path == inference.SHIPPED:
-            model.text_guidance = inference.SHIPPED_GUIDANCE
         return model
 
     def generate(

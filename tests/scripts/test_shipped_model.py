@@ -75,6 +75,12 @@ def test_the_token_transformer_draws_red_hearts_too(tmp_path, monkeypatch, caplo
     assert red > 0.7 and green < 0.35 and blue < 0.4 and heart[-8:, :8].mean() > 0.95
 
 
+def test_every_way_to_load_it_brings_the_guidance_that_suits_it():
+    loaded, *_ = inference.load_model(inference.SHIPPED, None, torch.device("cpu"))
+    assert loaded.text_guidance == LatentDiffusion.from_pretrained(device="cpu").text_guidance == 2.0
+    assert LatentDiffusion.text_guidance == 7.5
+
+
 def test_a_sampler_that_is_named_is_taken_with_its_own_default_of_steps():
     opt = txt2img.get_parser().parse_args(["--prompt", "x", "--plms"])
     txt2img.flags.fill_defaults(opt)
